@@ -1,0 +1,172 @@
+"""The state of a run, kept so that no kill, full disk or flipped bit can lose it.
+
+A checkpoint is a file `checkpoints/epochs-003-step-00008580-0f3a….pt`: the epochs that it has
+finished, the steps that it has taken, and the beginning of its SHA-256, as torch.hub names its
+weights, so that content and hash reach the disk in one rename. It is written beside its place,
+flushed and renamed, and only then are older ones removed. Loading checks the hash first and falls
+back to the generation before.
+"""
+
+import dataclasses
+import hashlib
+import io
+import re
+import shutil
+import signal
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import FREE_SETTINGS, Config, UserError, log, write_atomically
+
+GENERATIONS_KEPT = 2
+HASH_DIGITS = 16
+_NAME = re.compile(rf"epochs-(\d{{3,}})-step-(\d{{8,}})-([0-9a-f]{{{HASH_DIGITS}}})\.pt")
+
+
+def encode(state: Any) -> memoryview:
+    """A value as the bytes that torch.load reads; tensors of any device."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def save(folder: Path, state: dict[str, Any]) -> Path:
+    """Write a checkpoint durably and remove all but the newest ones; raises OSError.
+
+    The state holds "step" and "history", the rows of the finished epochs, beside what else it may.
+    """
+    content = encode(state)
+    digest = hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
+    path = folder / f"epochs-{len(state['history']):03d}-step-{state['step']:08d}-{digest}.pt"
+    write_atomically(path, content)
+    for old in _generations(folder)[GENERATIONS_KEPT:]:
+        old.unlink(missing_ok=True)
+    for leftover in folder.glob(".epochs-*.tmp"):  # of a process that was killed while saving
+        leftover.unlink(missing_ok=True)
+    return path
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, on the CPU; None if the folder holds none at all.
+
+    Raises UserError if it holds some and all are damaged.
+    """
+    found = _generations(folder)
+    for path in found:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest().startswith(_NAME.fullmatch(path.name)[3]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        log.warning("%s is damaged, its content is not what was saved: left aside", path)
+    if found:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged: put a copy there, or begin again with "
+            "another --name"
+        )
+    return None
+
+
+def _generations(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, the newest first."""
+
+    def age(path: Path) -> tuple[int, int]:
+        epochs, step, _ = _NAME.fullmatch(path.name).groups()
+        return int(epochs), int(step)
+
+    found = [path for path in folder.glob("epochs-*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=age, reverse=True)
+
+
+class BackgroundSaver:
+    """Copies the state at once and writes it while training goes on, one checkpoint at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._underway: Future | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Start to save; waits for the save before it and raises what that one ran into."""
+        self.wait()
+        self._underway = self._thread.submit(save, self.folder, _copy(state))
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is on the disk; raises OSError if it could not be."""
+        if self._underway is not None:
+            underway, self._underway = self._underway, None
+            underway.result()
+
+
+def _copy(value: Any) -> Any:
+    """The same nested dicts and lists with copies of their tensors, in the CPU's memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item) for item in value)
+    return value
+
+
+def watch_for_interruption() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second signal does no harm."""
+    interrupted = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: interrupted.set())
+    return interrupted
+
+
+# ------------------------------------------------------------------------------ before training
+
+
+def prepare_folder(folder: Path, weights_bytes: int) -> None:
+    """Make a run's folder; raises UserError if it cannot be written to or has too little room."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}") from None
+    # Checkpoints of weights and momentum, of which one may be under way, and two weight files, of
+    # which the same holds.
+    needed_bytes = (2 * (GENERATIONS_KEPT + 1) + 3) * weights_bytes
+    held_bytes = sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes + held_bytes < needed_bytes:
+        raise UserError(
+            f"{folder} has {free_bytes / 1e6:,.0f} MB free, the run needs "
+            f"{(needed_bytes - held_bytes) / 1e6:,.0f} MB for checkpoints: make room, or choose "
+            "another --runs-folder"
+        )
+
+
+def check_settings(state: dict[str, Any], config: Config) -> None:
+    """Refuse to go on with a run under settings that change its result; raises UserError."""
+    before = state["config"]
+    different = [
+        f"{field} was {before[field]}, is {value}"
+        for field, value in dataclasses.asdict(config).items()
+        if field not in FREE_SETTINGS
+        and before.get(field, value) != value
+        # a run may be extended, once
+        and not (field == "extra_epochs" and before[field] == 0)
+    ]
+    if different:
+        raise UserError(
+            f"run {config.name} was begun with other settings ({'; '.join(different)}): give it "
+            "those, or begin another run with another --name"
+        )
+
+
+def check_images(state: dict[str, Any], images: dict[str, Any]) -> None:
+    """Refuse to go on with a run on other images than it began with; raises UserError."""
+    changed = [part for part in ("train", "val") if state["images"][part] != images[part]]
+    if changed:
+        raise UserError(
+            f"the {' and '.join(changed)} images are not those that this run was begun with: bring "
+            "those back, or begin another run with another --name"
+        )

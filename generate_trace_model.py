@@ -1,0 +1,194 @@
+"""Export a trained model as TorchScript, for the app and for anything that runs PyTorch.
+
+    python3 generate_trace_model.py                       the most recent run, its best weights
+    python3 generate_trace_model.py --name NAME --weights last
+
+Reads config.json and best.pt of runs/<name>/. Writes into runs/<name>/export/, and copies into the
+app's folder: model.pt (TorchScript, float32), model.json (labels, input size, mean, deviation and
+resize rule, the accuracy that was measured, the SHA-256 of model.pt) and examples/ (a few
+validation images). Nothing is written unless the traced outputs equal the model's to 1e-5.
+
+TorchScript is deprecated in PyTorch and does not work from Python 3.14 on; README.md says what
+will take its place.
+"""
+
+import hashlib
+import io
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+import data
+from model import ResNet50Wrapper, load_weights
+from utils import (
+    EXIT_FAILED,
+    MEAN,
+    STD,
+    Config,
+    DeploymentConfig,
+    UserError,
+    latest_run,
+    parse_options,
+    read_json,
+    read_metrics,
+    run_folder,
+    run_stage,
+    write_atomically,
+    write_json,
+)
+
+TOLERANCE = 1e-5  # largest difference between a traced and an eager logit
+RESIZE_RULE = (
+    "turn as EXIF says, put transparency on white, RGB; shorter side to resize_px, bilinear with "
+    "antialiasing as Pillow has it; centre crop of input_px; divide by 255, less mean, over std"
+)
+
+
+def trace(model: ResNet50Wrapper, px: int) -> torch.jit.ScriptModule:
+    """The model as TorchScript, for inputs (N, 3, px, px)."""
+    with warnings.catch_warnings():
+        # Said once, in the README, and not at every export.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        return torch.jit.trace(model, torch.zeros(1, 3, px, px))
+
+
+def largest_difference(
+    model: ResNet50Wrapper, traced: torch.jit.ScriptModule, images: torch.Tensor
+) -> float:
+    """The largest difference of any logit, over the batch (N, 3, H, W) and its first image alone."""
+    with torch.inference_mode():
+        pairs = [(model(batch), traced(batch)) for batch in (images, images[:1])]
+    return max((eager - exported).abs().max().item() for eager, exported in pairs)
+
+
+def human_names(classes: tuple[str, ...]) -> list[str]:
+    """Names that a person reads: ImageNet's for its folders, else the folders' own."""
+    imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    if len(classes) == len(imagenet) and all(_is_wordnet_id(name) for name in classes):
+        return list(imagenet)  # both are sorted by WordNet id
+    imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
+    return [imagenette[name][0] if name in imagenette else name for name in classes]
+
+
+def _is_wordnet_id(name: str) -> bool:
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
+
+
+def choose_examples(val_set: data.ImageSet, count: int) -> list[int]:
+    """Indexes of the first image of up to `count` classes, evenly spaced among them."""
+    classes = np.unique(np.linspace(0, len(val_set.classes) - 1, count).round().astype(int))
+    return [int(np.flatnonzero(val_set.labels == label)[0]) for label in classes]
+
+
+def example_images(val_set: data.ImageSet, indexes: list[int], config: Config) -> torch.Tensor:
+    """The images as validation shows them to the model, normalised float32 (N, 3, px, px)."""
+    pixels = np.empty((len(indexes), config.val_px, config.val_px, 3), dtype=np.uint8)
+    for out, index in zip(pixels, indexes, strict=True):
+        data.fill_val(config, val_set.path(index).read_bytes(), index, out)
+    return data.normalize(torch.from_numpy(pixels))
+
+
+def main() -> None:
+    """Trace, compare, and write the files that the app reads."""
+    options = parse_options(DeploymentConfig, __doc__)
+    name = options.name or latest_run(options.runs_folder)
+    folder = run_folder(options.runs_folder, name)
+    if not options.name:
+        print(f"exporting the most recent run: {name}")
+    record = read_json(folder / "config.json")
+    weights = folder / f"{options.weights}.pt"
+    if record is None or not weights.exists():
+        raise UserError(f"no {weights}: train the run first with python3 trainer.py --name {name}")
+    config = Config(**record["config"])
+    print(options)
+
+    val_set = data.open_image_set(config.val_folder_name)
+    model = load_weights(weights, len(val_set.classes)).eval()
+    print("Tracing model on device: cpu")
+    traced = trace(model, config.val_px)
+    print(traced.graph)
+
+    indexes = choose_examples(val_set, options.examples)
+    images = example_images(val_set, indexes, config)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    content = buffer.getvalue()
+    exported = torch.jit.load(io.BytesIO(content))  # what a reader of the file will get
+    difference = largest_difference(model, exported, images)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"traced and eager outputs differ by {difference:.2g}, more than {TOLERANCE:.0e}: "
+            "nothing was written",
+            EXIT_FAILED,
+        )
+    print(
+        f"traced and eager outputs differ by at most {difference:.1e} (allowed: {TOLERANCE:.0e}) "
+        f"on {len(indexes)} validation images"
+    )
+    labels = human_names(val_set.classes)
+    show_predictions(exported, images, labels, val_set, indexes)
+    metadata = {
+        "format": 1,
+        "name": name,
+        "file": "model.pt",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "classes": list(val_set.classes),
+        "labels": labels,
+        "input_px": config.val_px,
+        "resize_px": config.val_resize_px,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "resize_rule": RESIZE_RULE,
+        "weights": options.weights,
+        **measured_accuracy(folder, options.weights),
+    }
+    examples = [val_set.path(index) for index in indexes]
+    for target in (folder / "export", Path(options.app_folder)):
+        write_export(target, content, metadata, examples)
+        print(f"wrote {target / 'model.pt'}, model.json and examples/")
+
+
+def show_predictions(
+    exported: torch.jit.ScriptModule,
+    images: torch.Tensor,
+    labels: list[str],
+    val_set: data.ImageSet,
+    indexes: list[int],
+) -> None:
+    """Print what the exported model makes of each example, and what it is."""
+    with torch.inference_mode():
+        probabilities = exported(images).softmax(dim=1)
+    for row, index in zip(probabilities, indexes, strict=True):
+        guess = int(row.argmax())
+        truth = int(val_set.labels[index])
+        verdict = "right" if guess == truth else f"wrong, it is {labels[truth]}"
+        print(f"  {val_set.path(index)}: {labels[guess]} {100 * row[guess]:.1f} % ({verdict})")
+
+
+def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
+    """Epoch of the weights and the validation accuracy that the trainer measured."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
+    return {key: row[key] for key in ("epoch", "val_top1", "val_top5", "val_images")}
+
+
+def write_export(
+    folder: Path, content: bytes, metadata: dict[str, Any], examples: list[Path]
+) -> None:
+    """Write model.pt, model.json and examples/ into a folder, in place of an earlier export."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / metadata["file"], content)
+    write_json(folder / "model.json", metadata)
+    shutil.rmtree(folder / "examples", ignore_errors=True)
+    (folder / "examples").mkdir()
+    for path in examples:
+        shutil.copyfile(path, folder / "examples" / f"{path.parent.name}{path.suffix.lower()}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,186 @@
+"""Find a learning rate: train a fresh model while the rate grows, and look where the loss falls.
+
+    python3 lr_finder.py                              for the reference recipe
+    python3 lr_finder.py --recipe quickstart          for the embedded digits, half a minute
+    python3 trainer.py --max-lr-from-finder           trains with the suggestion
+
+The LR range test (Smith, arXiv 1506.01186) with the trainer's own step, images and settings. The
+rate grows by the same factor from step to step; the test ends early once the loss has left its
+lowest value far below. Writes lr_finder.json and lr_finder.png into runs/<name>/ and touches
+nothing else there.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import tqdm
+
+import checkpoint
+import data
+import trainer
+from utils import (
+    Config,
+    ConfigOptions,
+    UserError,
+    check_config,
+    log,
+    parse_options,
+    run_folder,
+    run_stage,
+    start_log,
+    write_json,
+)
+
+matplotlib.use("Agg")  # draws into files, needs no screen
+from matplotlib import pyplot
+
+SMOOTHING = 0.9  # weight of the past in the moving average of the loss
+DIVERGED = 3.0  # times the lowest smoothed loss
+
+
+@dataclasses.dataclass(frozen=True)
+class FinderOptions:
+    """The settings of the run, and the range to test."""
+
+    config: ConfigOptions
+    first_lr: float = 1e-4
+    """learning rate of the first step"""
+    last_lr: float = 10.0
+    """learning rate of the last step"""
+    steps: int = 200
+    """steps of the whole range"""
+
+
+def range_test(
+    run: trainer.Run, batches: Iterator[data.Batch], options: FinderOptions
+) -> tuple[list[float], list[float], list[float]]:
+    """Learning rates, losses and smoothed losses, a value a step, up to the end or to divergence."""
+    growth = (options.last_lr / options.first_lr) ** (1 / max(1, options.steps - 1))
+    rates: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    average = 0.0
+    bar = tqdm.trange(options.steps, desc="LR range test", disable=not sys.stdout.isatty())
+    run.model.train()
+    for step, (images, labels) in zip(bar, batches, strict=False):
+        rate = options.first_lr * growth**step
+        loss = trainer.train_step(run, images, labels, rate).item()  # waits: every loss counts here
+        if not math.isfinite(loss):
+            break
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        rates.append(rate)
+        losses.append(loss)
+        smoothed.append(average / (1 - SMOOTHING ** (step + 1)))  # of a start at zero, corrected
+        if smoothed[-1] > DIVERGED * min(smoothed):
+            break
+    bar.close()
+    return rates, losses, smoothed
+
+
+def suggest(rates: list[float], smoothed: list[float]) -> float:
+    """The rate at which the smoothed loss falls fastest against the logarithm of the rate.
+
+    Only the stretch up to the lowest loss counts, less its first tenth, where the average still
+    settles. Raises UserError where the loss never falls.
+    """
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    first = len(smoothed) // 10
+    # The slope over a few steps, since that of a single one is mostly noise.
+    reach = max(1, len(smoothed) // 20)
+    slopes = {
+        at: smoothed[at + reach] - smoothed[at - reach]
+        for at in range(first + reach, lowest - reach + 1)
+    }
+    if not slopes or min(slopes.values()) >= 0:
+        raise UserError(
+            "the loss does not fall anywhere in this range: try a lower --first-lr or more --steps"
+        )
+    return rates[min(slopes, key=slopes.__getitem__)]
+
+
+def draw(
+    path: Path,
+    config: Config,
+    rates: list[float],
+    losses: list[float],
+    smoothed: list[float],
+    suggestion: float,
+) -> None:
+    """Write the curve with the suggestion drawn in."""
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    axes.plot(rates, losses, color="0.75", linewidth=1, label="loss of the batch")
+    axes.plot(rates, smoothed, color="#0072b2", linewidth=2.5, label="smoothed")
+    axes.axvline(
+        suggestion,
+        color="#d55e00",
+        linestyle="--",
+        linewidth=2,
+        label=f"suggested max_lr: {suggestion:.3g}",
+    )
+    axes.set_xscale("log")
+    low, high = min(smoothed), max(smoothed[0], sorted(losses)[len(losses) * 4 // 5])
+    axes.set_ylim(low - 0.2 * (high - low), high + 0.4 * (high - low))
+    axes.set_xlabel("learning rate", fontsize=13)
+    axes.set_ylabel("training loss", fontsize=13)
+    axes.set_title(f"LR range test of {config.name} (batch size {config.batch_size})", fontsize=14)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=12)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Test the range, suggest a rate, write both files."""
+    options = parse_options(FinderOptions, __doc__)
+    config = options.config
+    check_config(config)
+    if not 0 < options.first_lr < options.last_lr or options.steps < 20:
+        raise UserError(
+            f"first_lr {options.first_lr}, last_lr {options.last_lr}, steps {options.steps}: the "
+            "first rate must be above 0 and below the last, over at least 20 steps"
+        )
+    start_log(None)
+    train_set, _, _ = data.open_images(config)
+    folder = run_folder(config.runs_folder, config.name)
+    checkpoint.prepare_folder(folder, trainer.WEIGHTS_BYTES)
+    run = trainer.new_run(config, len(train_set.classes))
+    on_gpu = run.device.type == "cuda"
+    # As many epochs as it takes, one after another.
+    epochs = (
+        data.train_batches(train_set, config, epoch, pin=on_gpu) for epoch in itertools.count()
+    )
+    with contextlib.closing(
+        data.to_device(itertools.chain.from_iterable(epochs), run.device)
+    ) as batches:
+        rates, losses, smoothed = range_test(run, batches, options)
+    suggestion = suggest(rates, smoothed)
+    write_json(
+        folder / "lr_finder.json",
+        {
+            "suggested_max_lr": suggestion,
+            "steps": len(rates),
+            "batch_size": config.batch_size,
+            "train_px": config.train_px,
+            "learning_rate": rates,
+            "loss": losses,
+            "smoothed_loss": smoothed,
+        },
+    )
+    draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
+    log.info("suggested max_lr: %.3g (%s)", suggestion, folder / "lr_finder.png")
+    log.info(
+        "train with it: python3 trainer.py --recipe %s --name %s --max-lr-from-finder",
+        config.recipe,
+        config.name,
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)

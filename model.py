@@ -1,0 +1,52 @@
+"""ResNet-50, as every stage uses it.
+
+python3 model.py        prints the layer table at 3x224x224: 174 rows, 25,557,032 parameters
+"""
+
+from pathlib import Path
+
+import torch
+import torchsummary
+import torchvision
+import tyro
+
+
+class ResNet50Wrapper(torch.nn.Module):
+    """torchvision's ResNet-50 (v1.5: the stride sits in the 3x3 convolution), held as `.model`.
+
+    Input (N, 3, H, W) normalised with ImageNet's mean and deviation; output (N, num_classes)
+    logits. He et al., arXiv 1512.03385. With zero_init_residual the last BatchNorm of every
+    residual branch starts at zero (Goyal et al., arXiv 1706.02677).
+    """
+
+    def __init__(self, num_classes: int = 1000, zero_init_residual: bool = False) -> None:
+        super().__init__()
+        self.model = torchvision.models.resnet50(
+            num_classes=num_classes, zero_init_residual=zero_init_residual
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch."""
+        return self.model(images)
+
+
+def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
+    """A model with the weights of a file, which bear torchvision's own names; on the CPU."""
+    model = ResNet50Wrapper(num_classes)
+    model.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model
+
+
+def main(num_classes: int = 1000, side_px: int = 224) -> None:
+    """Print torchsummary's table of the layers.
+
+    Args:
+        num_classes: number of classes
+        side_px: side of the input picture, in pixels
+    """
+    model = ResNet50Wrapper(num_classes)
+    torchsummary.summary(model.model, (3, side_px, side_px), device="cpu")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

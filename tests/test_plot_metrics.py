@@ -1,0 +1,218 @@
+"""plot_metrics.py: the real command on small runs, and what its curves are made of."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plot_metrics import FIELDS, PUBLISHED, draw, read_curves  # noqa: E402
+
+
+def make_row(epoch: int, **changed: float) -> dict:
+    """A row of metrics.jsonl; no two fields have the same values, so none passes for another."""
+    values = {field: place + epoch / 16 for place, field in enumerate(FIELDS)}
+    return {**values, "epoch": epoch, "val_s": 60.0, **changed}
+
+
+def make_run(runs_folder: Path, name: str, rows: list[dict], started: int = 0) -> Path:
+    folder = runs_folder / name
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text("{}")
+    os.utime(folder / "config.json", (started, started))
+    return folder
+
+
+def plot(runs_folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "plot_metrics.py", "--runs-folder", str(runs_folder), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def drawn(figure: Figure, panel: Axes, label: str) -> list[Line2D]:
+    """The curves in a panel that look as the legend below the panels says `label` does."""
+    handles = {line.get_label(): line for line in figure.legends[0].get_lines()}
+    return [
+        line
+        for line in panel.lines
+        if same_color(line.get_color(), handles[label].get_color())
+        and line.get_linestyle() == handles[label].get_linestyle()
+    ]
+
+
+def test_writes_a_picture_of_the_data_and_says_where(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "first", [make_row(1), make_row(2)])
+    done = plot(tmp_path, "--names", "first")
+    assert (done.returncode, done.stderr) == (0, "")
+    path = folder / "training_metrics.png"
+    assert done.stdout == f"{path}\n"
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("PNG", (1800, 1200))
+        pixels = picture.tobytes()
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "training_metrics.png",
+    }  # fmt: skip
+
+    # No text shows a training loss: only the curve can make this picture another.
+    rows = [make_row(1), make_row(2, train_loss=1.5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = tmp_path / "other.png"
+    assert plot(tmp_path, "--names", "first", "--output", str(other)).returncode == 0
+    with Image.open(other) as picture:
+        assert picture.tobytes() != pixels
+    with Image.open(path) as picture:
+        assert picture.tobytes() == pixels, "--output left the picture in the run's folder alone"
+
+
+def test_takes_the_most_recent_run_and_says_so(tmp_path: Path) -> None:
+    make_run(tmp_path, "new", [make_row(1)], started=2_000_000)
+    make_run(tmp_path, "old", [make_row(1)], started=1_000_000)
+    done = plot(tmp_path)
+    assert done.stdout.splitlines()[0] == "plotting the most recent run: new"
+    assert (tmp_path / "new" / "training_metrics.png").exists()
+    assert not (tmp_path / "old" / "training_metrics.png").exists()
+
+
+def test_several_runs_share_one_picture(tmp_path: Path) -> None:
+    for name in ("a", "_b"):
+        make_run(tmp_path, name, [make_row(1), make_row(2)])
+    done = plot(tmp_path, "--names", "a", "_b", "--reference")
+    assert (done.returncode, done.stderr) == (0, "")
+    with Image.open(tmp_path / "a" / "comparison.png") as picture:
+        assert picture.size == (1800, 1200)
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    make_run(tmp_path, "a", [make_row(1)])
+    code = "import sys, runpy; runpy.run_path('plot_metrics.py', run_name='__main__'); "
+    code += "assert 'matplotlib' in sys.modules; sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "--runs-folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_drawn_as_logged_beside_the_reference(tmp_path: Path) -> None:
+    rows = [make_row(epoch) for epoch in (1, 2, 3)]
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=True)
+    loss, top1, top5, learning_rate = figure.axes
+    reference = "reference run (published, A10G)"
+    for panel, field, label in (
+        (loss, "train_loss", "training"), (loss, "val_loss", "validation"),
+        (top1, "train_top1", "training"), (top1, "val_top1", "validation"),
+        (top5, "train_top5", "training"), (top5, "val_top5", "validation"),
+        (learning_rate, "learning_rate", "validation"),
+    ):  # fmt: skip
+        (line,) = drawn(figure, panel, label)
+        assert list(line.get_xdata()) == [1, 2, 3]
+        assert list(line.get_ydata()) == [row[field] for row in rows]
+        if label == "validation":
+            (line,) = drawn(figure, panel, reference)
+            assert list(line.get_xdata()) == [1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 48, 50]
+            assert list(line.get_ydata()) == [row[FIELDS.index(field)] for row in PUBLISHED]
+    assert top1.get_ylabel() == "top-1 accuracy (%)"
+    assert all(tick == int(tick) for tick in loss.get_xticks())
+
+
+def test_runs_are_told_apart_by_colour(tmp_path: Path) -> None:
+    rows = {"a": [make_row(1), make_row(2)], "_b": [make_row(1, val_top1=9.5)]}
+    runs = {name: read_curves(make_run(tmp_path, name, rows[name])) for name in rows}
+    figure = draw(runs, reference=False)
+    for name, logged in rows.items():
+        (line,) = drawn(figure, figure.axes[1], name)
+        assert list(line.get_ydata()) == [row["val_top1"] for row in logged]
+    assert figure.get_suptitle() == "2 runs: best top-1 9.50 % (_b)"
+
+
+def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
+    rows = [make_row(1, val_top1=75.2), make_row(2, val_top1=75.294), make_row(3, val_top1=75.294)]
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
+    _, top1, _, _ = figure.axes
+    assert [text.get_text() for text in top1.get_legend().get_texts()] == ["best 75.29 % (epoch 2)"]
+    assert figure.get_suptitle() == "a: best top-1 75.29 %"
+
+
+@pytest.mark.parametrize(("outlier", "shown"), [(59.8, "59.8"), (math.inf, "inf")])
+def test_an_outlier_leaves_the_loss_readable(tmp_path: Path, outlier: float, shown: str) -> None:
+    rows = [make_row(epoch, train_loss=6.0 / epoch, val_loss=5.0 / epoch) for epoch in range(1, 7)]
+    rows[1]["val_loss"] = outlier
+    rows[0]["val_loss"] = rows[3]["val_loss"] = math.nan
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
+    loss = figure.axes[0]
+    assert 6 < loss.get_ylim()[1] < 7
+    texts = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert texts == ["lowest 0.83 (epoch 6)", f"off the scale: {shown} (epoch 2)"]
+    figure.savefig(tmp_path / "picture.png")
+
+
+def test_a_loss_that_grows_steadily_is_shown_whole(tmp_path: Path) -> None:
+    rows = [make_row(epoch, train_loss=1 / epoch, val_loss=float(epoch)) for epoch in range(1, 31)]
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
+    assert figure.axes[0].get_ylim()[1] > 30
+
+
+def test_a_single_epoch_leaves_a_mark(tmp_path: Path) -> None:
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", [make_row(1)]))}, reference=False)
+    figure.canvas.draw()
+    for panel in figure.axes:
+        assert [tick for tick in panel.get_xticks() if 0 < tick < 2] == [1]
+        assert all(line.get_marker() not in ("", "None") for line in panel.lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "no epoch has finished yet: {path} is missing or empty"),
+        ("", "no epoch has finished yet: {path} is missing or empty"),
+        ('{row}\n{"epoch": 2, "tr', "{path}, line 2: not a JSON object"),
+        ("{row}\n\n{row}\n", "{path}, line 2: not a JSON object"),
+        ("[1, 2]\n", "{path}, line 1: not a JSON object"),
+        ('{row}\n{"epoch": 2}\n', "{path}, line 2: train_loss is missing or not a number"),
+        ('{"epoch": "1"}\n', "{path}, line 1: epoch is missing or not a number"),
+    ],
+)
+def test_a_bad_log_is_refused(tmp_path: Path, content: str | None, complaint: str) -> None:
+    path = make_run(tmp_path, "a", []) / "metrics.jsonl"
+    path.unlink()
+    if content is not None:
+        path.write_text(content.replace("{row}", json.dumps(make_row(1))))
+    done = plot(tmp_path, "--names", "a")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {complaint.format(path=path)}\n"
+    assert not (tmp_path / "a" / "training_metrics.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--names", "b"], "no such run: there is no folder {folder}/b"),
+        (["--names", "../a"], "'../a' is no name for a run"),
+        (["--names", "a", "--output", "{folder}/none/x.png"], "cannot write {folder}/none/x.png"),
+        (["--names", "a", "--output", "{folder}"], "cannot write {folder}: it is a folder"),
+        (["--names", *"aaaaaaa"], "7 runs in one picture: only 6 have a colour each"),
+        (["--smooth"], "--smooth"),
+    ],
+)
+def test_a_bad_option_is_refused(tmp_path: Path, options: list[str], complaint: str) -> None:
+    make_run(tmp_path, "a", [make_row(1)])
+    done = plot(tmp_path, *[option.format(folder=tmp_path) for option in options])
+    assert done.returncode == 2
+    assert complaint.format(folder=tmp_path) in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_no_run_at_all_is_refused(tmp_path: Path) -> None:
+    done = plot(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no run in") and done.stderr.count("\n") == 1

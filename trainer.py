@@ -1,0 +1,608 @@
+"""Train ResNet-50 on a folder of images, from random weights to the last evaluation.
+
+    nohup python3 trainer.py > train.log 2>&1 &       the reference recipe, on ImageNet-1k
+    python3 trainer.py --recipe quickstart            the embedded digits, minutes on a CPU
+    python3 trainer.py --dry-run                      the settings, the schedule, time and price
+
+The reference recipe's target is the published run's 75.32 % top-1 and 92.59 % top-5 in 50 epochs
+on one A10G for $26.41; this code has not been run on ImageNet yet.
+
+Reads a folder of training and one of validation images. Writes into runs/<name>/: config.json,
+metrics.jsonl, train.log, checkpoints/, best.pt and last.pt (weights under torchvision's names) and
+result.json. The same command again goes on where the run was. Exit code 75 says that a signal
+stopped it with everything saved.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import tqdm
+
+import checkpoint
+import data
+from model import ResNet50Wrapper, load_weights
+from utils import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Config,
+    ConfigOptions,
+    UserError,
+    check_config,
+    format_duration,
+    learning_rate,
+    log,
+    parse_options,
+    read_json,
+    run_folder,
+    run_stage,
+    save_config,
+    start_log,
+    write_atomically,
+    write_json,
+    write_metrics,
+)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32; a checkpoint holds the momentum beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerOptions:
+    """What the trainer is asked to do."""
+
+    config: ConfigOptions
+    dry_run: bool = False
+    """train nothing: print settings, data, schedule and an estimate of time, memory and price"""
+
+
+@dataclasses.dataclass
+class Run:
+    """Where a run stands: beside its settings, all that its future depends on."""
+
+    model: ResNet50Wrapper
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    precision: str  # of the forward pass: fp16, bf16 or fp32
+    totals: dict[str, torch.Tensor]  # sums over the epoch under way, on the device
+    step: int = 0  # optimizer steps since the beginning
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
+    epoch_s: float = 0.0  # seconds of training in the epoch under way
+    elapsed_s: float = 0.0  # seconds of training and validation in all
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {
+            "model": self.model.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "totals": self.totals,
+            "step": self.step,
+            "history": self.history,
+            "epoch_s": self.epoch_s,
+            "elapsed_s": self.elapsed_s,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was saved."""
+        self.model.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, total in self.totals.items():
+            total.copy_(state["totals"][name])
+        for name in ("step", "history", "epoch_s", "elapsed_s"):
+            setattr(self, name, state[name])
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and the step under way has ended."""
+
+
+# ------------------------------------------------------------------------------ the step
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The arithmetic of a forward pass: fp16, bf16 or fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def train_step(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, learning_rate: float
+) -> torch.Tensor:
+    """One optimizer step on a batch on the device: images uint8 (N, H, W, 3), labels int64 (N,).
+
+    Returns the batch's mean loss, a scalar on the device, and adds loss and counts to run.totals,
+    both without waiting for the device.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    with autocast(run.device, run.precision):
+        logits = run.model(data.normalize(images)).float()
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step += 1
+    add_to_totals(run.totals, loss.detach(), logits.detach(), labels)
+    return loss.detach()
+
+
+def new_totals(device: torch.device) -> dict[str, torch.Tensor]:
+    """Sums over images: the loss; right answers, right among the first five, and all images."""
+    return {
+        "loss": torch.zeros((), dtype=torch.float64, device=device),
+        "counts": torch.zeros(3, dtype=torch.int64, device=device),
+    }
+
+
+def add_to_totals(
+    totals: dict[str, torch.Tensor], loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """Count a batch: its mean loss, and where the right class stands among its logits (N, C)."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    totals["loss"] += loss.double() * len(labels)
+    totals["counts"][0] += ranked[:, 0].sum()
+    totals["counts"][1] += ranked.sum()
+    totals["counts"][2] += len(labels)
+
+
+def read_totals(totals: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+    """The totals as part of a metrics row: mean loss, accuracy in percent, and the counts."""
+    correct1, correct5, images = totals["counts"].tolist()  # waits for the device
+    return {
+        f"{prefix}_loss": totals["loss"].item() / images,
+        f"{prefix}_top1": 100 * correct1 / images,
+        f"{prefix}_top5": 100 * correct5 / images,
+        f"{prefix}_correct1": correct1,
+        f"{prefix}_correct5": correct5,
+        f"{prefix}_images": images,
+    }
+
+
+def evaluate(
+    model: ResNet50Wrapper,
+    batches: Iterator[data.Batch],
+    device: torch.device,
+    precision: str,
+    interrupted: threading.Event,
+) -> dict[str, Any]:
+    """val_loss, val_top1 and val_top5 with their counts; raises Interrupted when asked to stop."""
+    model.eval()
+    totals = new_totals(device)
+    with torch.inference_mode(), contextlib.closing(data.to_device(batches, device)) as batches:
+        for images, labels in batches:
+            if interrupted.is_set():
+                raise Interrupted
+            with autocast(device, precision):
+                logits = model(data.normalize(images)).float()
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            add_to_totals(totals, loss, logits, labels)
+    return read_totals(totals, "val")
+
+
+# ------------------------------------------------------------------------------ an epoch
+
+
+def train_epoch(
+    run: Run,
+    config: Config,
+    train_set: data.ImageSet,
+    save: Callable[[], None],
+    interrupted: threading.Event,
+) -> None:
+    """Train what is left of the epoch under way, saving from time to time.
+
+    Raises Interrupted when asked to stop, and UserError once the loss is not a number.
+    """
+    epoch, steps = len(run.history), steps_per_epoch(config, train_set)
+    first_step = run.step - epoch * steps
+    batches = data.train_batches(train_set, config, epoch, first_step, run.device.type == "cuda")
+    run.model.train()
+    saved_at = clock = time.monotonic()
+    with (
+        Progress(run, config, train_set) as progress,
+        contextlib.closing(data.to_device(batches, run.device)) as batches,
+    ):
+        for images, labels in batches:
+            train_step(run, images, labels, learning_rate(config, run.step, steps))
+            now = time.monotonic()
+            run.epoch_s += now - clock
+            run.elapsed_s += now - clock
+            clock = now
+            progress.tell(now)
+            if interrupted.is_set():
+                raise Interrupted
+            if now - saved_at >= 60 * config.checkpoint_minutes:
+                save()
+                saved_at = now
+
+
+class Progress:
+    """Says every few seconds how an epoch is going: a bar on a terminal, else a line in the log."""
+
+    def __init__(self, run: Run, config: Config, train_set: data.ImageSet) -> None:
+        self.run, self.config, self.train_set = run, config, train_set
+        self.steps = steps_per_epoch(config, train_set)
+        self.epoch = len(run.history)
+        self.told_at, self.told_step = time.monotonic(), run.step
+
+    def __enter__(self) -> "Progress":
+        done = self.run.step - self.epoch * self.steps
+        title = f"epoch {self.epoch + 1}/{total_epochs(self.config)}"
+        hidden = not sys.stdout.isatty()
+        self.bar = tqdm.tqdm(
+            total=self.steps, initial=done, desc=title, disable=hidden, file=sys.stdout, leave=False
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def tell(self, now: float) -> None:
+        """Write a line if one is due; the only place in an epoch that waits for the device."""
+        run, config = self.run, self.config
+        self.bar.update()
+        if now - self.told_at < config.log_interval_s:
+            return
+        totals = read_totals(run.totals, "train")
+        refuse_nan(totals["train_loss"], self.epoch, run.step)
+        step_s = (now - self.told_at) / (run.step - self.told_step)
+        self.told_at, self.told_step = now, run.step
+        val_s = run.history[-1]["val_s"] if run.history else 0.0
+        left_epochs = total_epochs(config) - self.epoch
+        left_steps = total_epochs(config) * self.steps - run.step
+        left_s = left_steps * step_s + left_epochs * val_s
+        parts = [
+            f"loss {totals['train_loss']:.2f}",
+            f"top-1 {totals['train_top1']:.1f} %",
+            f"lr {learning_rate(config, run.step, self.steps):.3g}",
+            f"{config.batch_size / step_s:.0f} img/s",
+            f"ETA {format_duration(left_s)}",
+        ]
+        if config.price_per_hour:
+            spent, whole = (
+                config.price_per_hour * seconds / 3600
+                for seconds in (run.elapsed_s, run.elapsed_s + left_s)
+            )
+            parts.append(f"${spent:.2f} of ${whole:.2f}")
+        self.bar.set_postfix_str("  ".join(parts))
+        where = f"epoch {self.epoch + 1}/{total_epochs(config)}"
+        log.debug(
+            "%s  step %d/%d  %s",
+            where,
+            run.step - self.epoch * self.steps,
+            self.steps,
+            "  ".join(parts),
+        )
+
+
+def refuse_nan(loss: float, epoch: int, step: int) -> None:
+    """Stop a run whose loss is no longer a number: more steps would only cost."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} by step {step}, in epoch {epoch + 1}: try a lower --max-lr, "
+            "under another --name",
+            EXIT_FAILED,
+        )
+
+
+def finish_epoch(
+    run: Run,
+    config: Config,
+    folder: Path,
+    val_set: data.ImageSet,
+    interrupted: threading.Event,
+) -> None:
+    """Validate, add the epoch's row to the history and the screen, and keep its weights."""
+    train = read_totals(run.totals, "train")
+    refuse_nan(train["train_loss"], len(run.history), run.step)
+    started = time.monotonic()
+    val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
+    val = evaluate(run.model, val_batches, run.device, run.precision, interrupted)
+    val_s = time.monotonic() - started
+    steps = run.step // (len(run.history) + 1)
+    row = {
+        "epoch": len(run.history) + 1,
+        **train,
+        **val,
+        "learning_rate": learning_rate(config, run.step, steps),
+        "train_s": run.epoch_s,
+        "val_s": val_s,
+        "img_per_s": train["train_images"] / run.epoch_s,
+    }
+    improved = row["val_top1"] > max((row["val_top1"] for row in run.history), default=-1.0)
+    weights = checkpoint.encode(run.model.model.state_dict())
+    for name in ("last.pt", "best.pt") if improved else ("last.pt",):
+        write_atomically(folder / name, weights)
+    run.history.append(row)
+    run.elapsed_s += val_s
+    run.epoch_s = 0.0
+    for total in run.totals.values():
+        total.zero_()
+    log.info(
+        "epoch %d/%d  train loss %.4f top-1 %.2f %% top-5 %.2f %%  val loss %.4f top-1 %.2f %% "
+        "top-5 %.2f %%  lr %.7f  %.0f s + %.0f s  %.0f img/s%s",
+        row["epoch"], total_epochs(config), row["train_loss"], row["train_top1"],
+        row["train_top5"], row["val_loss"], row["val_top1"], row["val_top5"],
+        row["learning_rate"], row["train_s"], val_s, row["img_per_s"], "  best" * improved,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ before training
+
+
+def steps_per_epoch(config: Config, train_set: data.ImageSet) -> int:
+    """Optimizer steps in an epoch; the last one may have a smaller batch."""
+    return math.ceil(len(train_set.files) / config.batch_size)
+
+
+def total_epochs(config: Config) -> int:
+    """Epochs after which the run is finished."""
+    return config.epochs + config.extra_epochs
+
+
+def settle(config: Config) -> Config:
+    """The settings, checked, with max_lr taken from the LR finder where that was asked for."""
+    check_config(config)
+    if not config.max_lr_from_finder:
+        return config
+    path = run_folder(config.runs_folder, config.name) / "lr_finder.json"
+    found = read_json(path)
+    if found is None:
+        raise UserError(f"no {path}: run python3 lr_finder.py --name {config.name} first")
+    return dataclasses.replace(config, max_lr=found["suggested_max_lr"])
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device that the settings ask for; raises UserError if it is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device is cuda, but PyTorch sees no GPU: check nvidia-smi, or --device cpu"
+        )
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.benchmark = True  # picks the fastest kernels for the sizes it meets
+    return torch.device("cuda")
+
+
+def choose_precision(config: Config, device: torch.device) -> str:
+    """fp16, bf16 or fp32: what was asked for, or what the device is fast at."""
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError("precision is fp16, which needs a GPU: use bf16, fp32 or auto on a CPU")
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "fp16"
+    # Other CPUs emulate bf16, more slowly than they compute in fp32.
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+
+
+def new_run(config: Config, num_classes: int) -> Run:
+    """A run at its beginning; the first weights depend on the seed alone."""
+    device = choose_device(config)
+    precision = choose_precision(config, device)
+    torch.manual_seed(config.seed)
+    model = ResNet50Wrapper(num_classes, config.zero_init_residual)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.max_lr, config.momentum, weight_decay=config.weight_decay
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return Run(model, optimizer, scaler, device, precision, new_totals(device))
+
+
+def say_if_finished(folder: Path, config: Config, state: dict[str, Any]) -> bool:
+    """Whether there is nothing left to do; says so, and what would extend or repeat the run."""
+    result = read_json(folder / "result.json")
+    epochs = total_epochs(config)
+    if len(state["history"]) < epochs or result is None or result["epochs"] != epochs:
+        return False
+    log.info(
+        "run %s is finished: %d epochs, %.2f %% top-1 with the weights of epoch %d. To extend it: "
+        "the same command with --extra-epochs N. To repeat it: --name ANOTHER, or remove %s",
+        config.name, epochs, result["val_top1"], result["epoch"], folder,
+    )  # fmt: skip
+    return True
+
+
+def describe_hardware(run: Run) -> dict[str, Any]:
+    """What the run is made on, for config.json."""
+    gpu = torch.cuda.get_device_properties(run.device) if run.device.type == "cuda" else None
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "gpu": gpu.name if gpu else None,
+        "gpu_memory_bytes": gpu.total_memory if gpu else None,
+        "precision": run.precision,
+        "cpu": names[0] if names else platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def dry_run(run: Run, config: Config, train_set: data.ImageSet, val_set: data.ImageSet) -> None:
+    """Print the settings, the schedule, and from a few timed steps the time, memory and price."""
+    steps = steps_per_epoch(config, train_set)
+    log.info("settings:")
+    for field, value in dataclasses.asdict(config).items():
+        log.info("  %-20s %s", field, value)
+    log.info("learning rate at the end of each epoch:")
+    for epoch in range(1, total_epochs(config) + 1):
+        log.info("  epoch %3d  %.7f", epoch, learning_rate(config, epoch * steps, steps))
+    on_gpu = run.device.type == "cuda"
+    run.model.train()
+    batches = data.to_device(data.train_batches(train_set, config, epoch=0, pin=on_gpu), run.device)
+    seconds = []  # of a step; the first ones warm up
+    with contextlib.closing(batches):
+        for _, (images, labels) in zip(range(min(8, steps)), batches, strict=False):
+            started = time.monotonic()
+            train_step(run, images, labels, learning_rate(config, run.step, steps)).item()
+            seconds.append(time.monotonic() - started)
+    step_s = sorted(seconds)[len(seconds) // 2]
+    # A validation image costs about a third of a training image: there is no backward pass.
+    epoch_s = step_s * (steps + len(val_set.files) / config.batch_size / 3)
+    whole_s = total_epochs(config) * epoch_s
+    if on_gpu:
+        peak_bytes = torch.cuda.max_memory_allocated(run.device)
+    else:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    log.info(
+        "estimate from %d steps: %.3f s a step (%.0f img/s), %s an epoch, %s for %d epochs, "
+        "%.1f GB of %s memory, $%.2f at $%.2f an hour",
+        len(seconds), step_s, config.batch_size / step_s, format_duration(epoch_s),
+        format_duration(whole_s), total_epochs(config), peak_bytes / 1e9,
+        "GPU" if on_gpu else "main", config.price_per_hour * whole_s / 3600, config.price_per_hour,
+    )  # fmt: skip
+
+
+def describe_run(
+    run: Run, config: Config, train_set: data.ImageSet, val_set: data.ImageSet, skipped: list[str]
+) -> None:
+    """Say what is about to be trained, on which images and hardware."""
+    hardware = describe_hardware(run)
+    log.info(
+        "run %s: %s training and %s validation images in %s classes%s; %s steps of %d an epoch",
+        config.name, f"{len(train_set.files):,}", f"{len(val_set.files):,}",
+        f"{len(train_set.classes):,}", f" ({len(skipped)} left out as unreadable)" * bool(skipped),
+        f"{steps_per_epoch(config, train_set):,}", config.batch_size,
+    )  # fmt: skip
+    log.info(
+        "%s, %s, %d decoding threads on %d cores",
+        hardware["gpu"] or hardware["cpu"], run.precision, config.workers, hardware["cpu_cores"],
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ after training
+
+
+def report(
+    run: Run,
+    config: Config,
+    folder: Path,
+    val_set: data.ImageSet,
+    interrupted: threading.Event,
+) -> None:
+    """Evaluate the best weights once more, as read from the disk and in fp32; write result.json."""
+    model = load_weights(folder / "best.pt", len(val_set.classes))
+    model = model.to(run.device, memory_format=torch.channels_last)
+    val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
+    val = evaluate(model, val_batches, run.device, "fp32", interrupted)
+    best = max(run.history, key=lambda row: row["val_top1"])  # the first of equals, as saved
+    price = config.price_per_hour * run.elapsed_s / 3600
+    result = {
+        "epochs": total_epochs(config),
+        "weights": "best.pt",
+        "epoch": best["epoch"],
+        **val,
+        "protocol": f"shorter side to {config.val_resize_px} px, centre crop {config.val_px} px, "
+        "one view, fp32",
+        "elapsed_s": run.elapsed_s,
+        "price_usd": price,
+    }
+    write_json(folder / "result.json", result)
+    log.info(
+        "finished in %s%s: best.pt, of epoch %d, has loss %.4f, top-1 %.2f %% and top-5 %.2f %% on "
+        "%s validation images",
+        format_duration(run.elapsed_s), f" for ${price:.2f}" * bool(price), best["epoch"],
+        val["val_loss"], val["val_top1"], val["val_top5"], f"{val['val_images']:,}",
+    )  # fmt: skip
+
+
+def write_tensorboard(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write the whole history as TensorBoard's scalars: one file, however often it was resumed."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and rarely asked for
+
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    with SummaryWriter(folder / "tensorboard") as writer:
+        for row in history:
+            for key, value in row.items():
+                writer.add_scalar(key.replace("_", "/", 1), value, row["epoch"])
+
+
+# ------------------------------------------------------------------------------ the stage
+
+
+def main() -> None:
+    """Train a run to its end, from wherever it stands."""
+    options = parse_options(TrainerOptions, __doc__)
+    start_log(None)
+    config = settle(options.config)
+    precision = choose_precision(config, choose_device(config))
+    folder = run_folder(config.runs_folder, config.name)
+
+    state = None if options.dry_run else checkpoint.load_latest(folder / "checkpoints")
+    if state is not None:
+        checkpoint.check_settings(state, config)
+        if say_if_finished(folder, config, state):
+            return
+    train_set, val_set, skipped = data.open_images(config, state and state["images"]["skipped"])
+    images = {"train": train_set.fingerprint(), "val": val_set.fingerprint(), "skipped": skipped}
+    if state is not None:
+        checkpoint.check_images(state, images)
+    run = new_run(config, len(train_set.classes))
+    if options.dry_run:
+        describe_run(run, config, train_set, val_set, skipped)
+        dry_run(run, config, train_set, val_set)
+        return
+
+    checkpoint.prepare_folder(folder, WEIGHTS_BYTES)
+    start_log(folder / "train.log")
+    save_config(folder, config, describe_hardware(run))
+    describe_run(run, config, train_set, val_set, skipped)
+    if state is not None:
+        run.load(state)
+        write_metrics(folder / "metrics.jsonl", run.history)
+        log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
+        if state["precision"] != precision:
+            log.warning("it began in %s: its results will differ a little", state["precision"])
+
+    saver = checkpoint.BackgroundSaver(folder / "checkpoints")
+    identity = {"config": dataclasses.asdict(config), "images": images, "precision": precision}
+
+    def save() -> None:
+        saver.save({**run.state(), **identity})
+
+    interrupted = checkpoint.watch_for_interruption()
+    try:
+        while len(run.history) < total_epochs(config):
+            train_epoch(run, config, train_set, save, interrupted)
+            finish_epoch(run, config, folder, val_set, interrupted)
+            save()
+            write_metrics(folder / "metrics.jsonl", run.history)
+            if config.tensorboard:
+                write_tensorboard(folder, run.history)
+        report(run, config, folder, val_set, interrupted)
+    except Interrupted:
+        save()
+        log.info(
+            "interrupted in epoch %d, everything is saved after step %d: the same command goes on",
+            len(run.history) + 1, run.step,
+        )  # fmt: skip
+        sys.exit(EXIT_INTERRUPTED)
+    except UserError as error:
+        if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
+            save()
+        raise
+    finally:
+        saver.wait()
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,428 @@
+"""What every stage shares: the settings, the recipes, the run's folder, the log, and how errors end.
+
+Nothing here imports torch, so that a mistake on the command line is answered at once.
+A stage is started with `python3 STAGE.py`, takes every field of `Config` as an option, and
+leaves its results in `runs/<name>/`:
+
+    config.json    the settings, beside the versions, the commit and the hardware they ran on
+    train.log      what the trainer printed
+    metrics.jsonl  one line an epoch
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+# Channel means and standard deviations of ImageNet's training images, on a scale of 0 to 1: what
+# every ResNet-50 of torchvision and timm expects.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# Exit codes of a stage; also in the README.
+EXIT_FAILED = 1  # training itself went wrong, for example a loss that is not a number
+EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is wrong
+EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
+
+log = logging.getLogger("resnet50")
+
+
+class UserError(Exception):
+    """A mistake that its user can mend; the text is one clear line saying what, where and how."""
+
+    def __init__(self, text: str, exit_code: int = EXIT_USER_ERROR) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The defaults are the reference run's: 75.32 % top-1 in 50 epochs."""
+
+    recipe: Literal["reference", "quickstart"] = "reference"
+    """the named set of defaults that the other options change"""
+    name: str = "resnet50_imagenet_1k_onecycleLr"
+    """the run's name and its folder under runs_folder; the same name again resumes it"""
+    runs_folder: str = "runs"
+    """folder that holds the runs"""
+    train_folder_name: str = "/mnt/data/imagenetdata/train"
+    """folder of training images, a folder a class"""
+    val_folder_name: str = "/mnt/data/imagenetdata/val"
+    """folder of validation images, the same classes"""
+    epochs: int = 50
+    """passes over the training images"""
+    extra_epochs: int = 0
+    """more epochs once these have ended, as a second, shorter OneCycle: extends a finished run"""
+    batch_size: int = 448
+    """images in a training step"""
+    max_lr: float = 0.175
+    """peak of the OneCycle learning rate; 0.175 made the reference run's table"""
+    max_lr_from_finder: bool = False
+    """take max_lr from the run's lr_finder.json"""
+    momentum: float = 0.9
+    """momentum of SGD"""
+    weight_decay: float = 1e-4
+    """L2 penalty of SGD, on every parameter"""
+    pct_start: float = 0.3
+    """share of the steps in which the learning rate rises, 0 to 1"""
+    div_factor: float = 25.0
+    """max_lr over the first learning rate"""
+    final_div_factor: float = 1e4
+    """the first learning rate over the last"""
+    train_px: int = 224
+    """side of a training crop, in pixels"""
+    val_px: int = 224
+    """side of a validation crop, in pixels"""
+    val_resize_px: int = 256
+    """shorter side that a validation image is resized to before the crop, in pixels"""
+    crop_min_scale: float = 0.08
+    """smallest share of an image's area that a training crop covers, 0 to 1"""
+    flip: bool = True
+    """mirror half of the training images"""
+    zero_init_residual: bool = False
+    """start every residual branch at zero, so that deep blocks begin as the identity"""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """arithmetic of the step; auto: fp16 with loss scaling on a GPU, bf16 on a CPU that has it in
+    hardware, else fp32"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where the model runs; auto: the GPU if there is one"""
+    seed: int = 0
+    """seed of the first weights, the order of the images, the crops and the flips"""
+    workers: int = 12
+    """threads that decode images; 0 decodes in the training thread"""
+    skip_bad_images: bool = False
+    """decode every image before the first epoch and leave out those that cannot be read"""
+    checkpoint_minutes: float = 10.0
+    """minutes between checkpoints inside an epoch; 0 saves after every step"""
+    log_interval_s: float = 10.0
+    """seconds between two progress lines"""
+    price_per_hour: float = 0.97
+    """US dollars an hour of the machine, for the price in the progress line; 0 leaves it out"""
+    tensorboard: bool = False
+    """write TensorBoard logs into the run's folder too"""
+
+
+# Settings that a resumed run may change: they do not touch what the model learns. Where the images
+# lie is among them, since which images they are is compared by itself.
+FREE_SETTINGS = frozenset(
+    {
+        "recipe",
+        "name",
+        "runs_folder",
+        "train_folder_name",
+        "val_folder_name",
+        "max_lr_from_finder",
+        "device",
+        "workers",
+        "skip_bad_images",
+        "checkpoint_minutes",
+        "log_interval_s",
+        "price_per_hour",
+        "tensorboard",
+    }
+)
+
+RECIPES: dict[str, Config] = {
+    # The published run: 75.32 % top-1 and 92.59 % top-5 for $26.41 on a g5.8xlarge spot instance.
+    "reference": Config(),
+    # The whole path on the embedded digits in minutes on two CPU cores, to at least 97 % top-1. A
+    # digit fills its picture and is not its own mirror image: hence large crops and no flips.
+    "quickstart": Config(
+        recipe="quickstart",
+        name="quickstart",
+        train_folder_name="data/digits/train",
+        val_folder_name="data/digits/val",
+        epochs=12,
+        batch_size=32,
+        max_lr=0.05,
+        weight_decay=5e-4,
+        train_px=32,
+        val_px=32,
+        val_resize_px=32,
+        crop_min_scale=0.6,
+        flip=False,
+        zero_init_residual=True,
+        workers=2,
+        price_per_hour=0.0,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeploymentConfig:
+    """What `generate_trace_model.py` exports, and where to."""
+
+    name: str = ""
+    """the run to export; the most recent one if empty"""
+    runs_folder: str = "runs"
+    """folder that holds the runs"""
+    weights: Literal["best", "last"] = "best"
+    """which weights of the run: those with the best validation top-1, or the last"""
+    app_folder: str = "gradio_deploy"
+    """folder of the app, which gets a copy of the exported files"""
+    examples: int = 6
+    """validation images to check the export on and to offer in the app as examples"""
+
+
+# ------------------------------------------------------------------------------ command line
+
+# The type of a stage's field `config`: its settings become options of the stage itself.
+ConfigOptions = tyro.conf.OmitArgPrefixes[Config]
+Options = TypeVar("Options")
+
+
+def parse_options(options_class: type[Options], description: str = "") -> Options:
+    """The command line as an instance of a dataclass: an option a field, its docstring the help.
+
+    Where the class has a field `config: Config`, `--recipe NAME` chooses the defaults. A value of
+    the wrong type or an unknown option ends the program with one line and exit code 2.
+    """
+    # Names may be typed as they stand in Config (--max_lr) or as is usual (--max-lr).
+    keywords: dict[str, Any] = {"description": description}
+    if "config" in {field.name for field in dataclasses.fields(options_class)}:
+        keywords["default"] = options_class(config=RECIPES[_recipe_named(sys.argv[1:])])
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options_class, **keywords)
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(_one_line(complaint.getvalue())) from None
+        raise
+
+
+def _recipe_named(arguments: list[str]) -> str:
+    """The recipe that the command line asks for; a wrong name is left for tyro to refuse."""
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--recipe":
+            value = value if equals else "".join(arguments[position + 1 : position + 2])
+            return value if value in RECIPES else "reference"
+    return "reference"
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed complaint without the frame, up to the first rule below the message."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    message = []
+    for line in lines[1:]:
+        if line and not line.strip("─"):
+            break
+        message.append(line)
+    script = Path(sys.argv[0]).name
+    return f"{' '.join(message).strip()} (python3 {script} --help lists the options)"
+
+
+def check_config(config: Config) -> None:
+    """Refuse settings that no run could use; raises UserError naming the field and its value."""
+    positive = ("epochs", "batch_size", "max_lr", "div_factor", "final_div_factor")
+    for field in (*positive, "train_px", "val_px", "log_interval_s"):
+        value = getattr(config, field)
+        if not 0 < value < math.inf:
+            raise UserError(f"{field} is {value}: it must be above 0")
+    not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
+    for field in (*not_negative, "price_per_hour"):
+        value = getattr(config, field)
+        if not 0 <= value < math.inf:
+            raise UserError(f"{field} is {value}: it must be 0 or more")
+    if not 0 < config.pct_start < 1:
+        raise UserError(f"pct_start is {config.pct_start}: it must lie between 0 and 1")
+    if not 0 < config.crop_min_scale <= 1:
+        raise UserError(f"crop_min_scale is {config.crop_min_scale}: it must be above 0, at most 1")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed is {config.seed}: it must be 0 or more, below 2^63")
+    if config.val_resize_px < config.val_px:
+        raise UserError(
+            f"val_resize_px is {config.val_resize_px}: it must be at least val_px, {config.val_px}"
+        )
+    run_folder(config.runs_folder, config.name)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Call a stage's main; a mistake of its user ends it with one line on stderr, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        # The disk is full, or not ours to write to: the only system errors a user can mend.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        _end(f"{error.filename or 'the disk'}: {error.strerror}", EXIT_USER_ERROR)
+
+
+def _end(text: str, exit_code: int) -> None:
+    line = f"error: {' '.join(text.split())}"
+    print(line, file=sys.stderr, flush=True)
+    for handler in log.handlers:  # the run's train.log, if it is open, tells the end too
+        if isinstance(handler, logging.FileHandler):
+            handler.stream.write(line + "\n")
+            handler.flush()
+    sys.exit(exit_code)
+
+
+# ------------------------------------------------------------------------------ the run's folder
+
+
+def run_folder(runs_folder: str, name: str) -> Path:
+    """`runs_folder/name`, not created; raises UserError for a name that would lead elsewhere."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"{name!r} is no name for a run: use up to 100 letters, digits, dots, dashes and "
+            "underscores, not beginning with a dot or a dash"
+        )
+    return Path(runs_folder) / name
+
+
+def latest_run(runs_folder: str) -> str:
+    """Name of the run that was started last; raises UserError if there is none."""
+    configs = sorted(Path(runs_folder).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise UserError(f"no run in {runs_folder}/ yet: start one with python3 trainer.py")
+    return configs[-1].parent.name
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replace a file so that a crash leaves either the old or the new content, on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write metrics.jsonl: a JSON object a line, an epoch a line, always the whole file.
+
+    The rows live in the checkpoint; writing them all each time keeps the file free of half lines,
+    holes and repeats whatever interrupted the run before.
+    """
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, in order of epochs."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; None if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def save_config(folder: Path, config: Config, hardware: dict[str, Any]) -> None:
+    """Write config.json: the settings beside the versions, the commit and the hardware."""
+    packages = ("torch", "torchvision", "numpy", "simplejpeg", "opencv-python-headless", "pillow")
+    record = {
+        "config": dataclasses.asdict(config),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "commit": _commit(),
+        "hardware": hardware,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / "config.json", record)
+
+
+def _commit() -> str:
+    """The commit of this checkout, with `-dirty` behind it where files differ; empty outside git."""
+    with contextlib.suppress(OSError):
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        return answer.stdout.strip()
+    return ""
+
+
+def start_log(path: Path | None) -> None:
+    """Send the log to the screen and, where a path is given, to the end of that file."""
+    log.setLevel(logging.DEBUG)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    # Lines of progress are debug messages: a terminal shows a bar in their place.
+    handlers[0].setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
+    if path is not None:
+        handlers.append(logging.FileHandler(path))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = handlers
+
+
+# ------------------------------------------------------------------------------ small arithmetic
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0 over the whole run.
+
+    A function of the step alone: nothing to save, and nothing for a resumed run to get wrong.
+    Past the last step it stays where it ended. Extra epochs are a OneCycle of their own.
+    """
+    total_steps = config.epochs * steps_per_epoch
+    if config.extra_epochs and step >= total_steps:
+        return one_cycle(config, step - total_steps, config.extra_epochs * steps_per_epoch)
+    return one_cycle(config, step, total_steps)
+
+
+def one_cycle(config: Config, step: int, total_steps: int) -> float:
+    """OneCycle with cosine annealing (Smith and Topin, arXiv 1708.07120).
+
+    It rises from max_lr / div_factor to max_lr over pct_start of the steps, then falls to
+    max_lr / div_factor / final_div_factor at the last step, as torch.optim.lr_scheduler.OneCycleLR
+    has it; the momentum stays as it is.
+    """
+    first = config.max_lr / config.div_factor
+    last = first / config.final_div_factor
+    peak_step = config.pct_start * total_steps - 1
+    step = min(step, total_steps - 1)
+    if step < peak_step:
+        start, end, done = first, config.max_lr, step / peak_step
+    else:
+        start, end = config.max_lr, last
+        done = (step - peak_step) / (total_steps - 1 - peak_step)
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as a person says them: `41 s`, `7 min 5 s`, `14 h 20 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -13,7 +13,6 @@ import io
 import re
 import shutil
 import signal
-import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from utils import FREE_SETTINGS, Config, UserError, log, write_atomically
+from utils import FREE_SETTINGS, Config, UserError, check_writable, log, write_atomically
 
 GENERATIONS_KEPT = 2
 HASH_DIGITS = 16
@@ -125,23 +124,20 @@ def watch_for_interruption() -> threading.Event:
 
 def prepare_folder(folder: Path, weights_bytes: int) -> None:
     """Make a run's folder; raises UserError if it cannot be written to or has too little room."""
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to the run's folder {folder}: {error.strerror}") from None
+    # The folder is made last, so that a refusal leaves none behind.
+    existing = check_writable(folder, "--runs-folder")
     # Checkpoints of weights and momentum, of which one may be under way, and two weight files, of
     # which the same holds.
     needed_bytes = (2 * (GENERATIONS_KEPT + 1) + 3) * weights_bytes
     held_bytes = sum(path.stat().st_size for path in folder.rglob("*.pt"))
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = shutil.disk_usage(existing).free
     if free_bytes + held_bytes < needed_bytes:
         raise UserError(
-            f"{folder} has {free_bytes / 1e6:,.0f} MB free, the run needs "
+            f"{existing} has {free_bytes / 1e6:,.0f} MB free, the run needs "
             f"{(needed_bytes - held_bytes) / 1e6:,.0f} MB for checkpoints: make room, or choose "
             "another --runs-folder"
         )
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def check_settings(state: dict[str, Any], config: Config) -> None:

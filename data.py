@@ -13,8 +13,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import math
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,14 +63,20 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """SHA-256 of the names: tells a resumed run whether its images are still the same."""
-        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()
+        return hashlib.sha256(os.fsencode("\n".join(self.files))).hexdigest()
 
     def without(self, bad_files: Sequence[str]) -> "ImageSet":
-        """The same set less some of its files."""
+        """The same set less some of its files; raises UserError if that empties a class."""
         bad = set(bad_files)
         kept = [index for index, file in enumerate(self.files) if file not in bad]
-        files = tuple(self.files[index] for index in kept)
-        return dataclasses.replace(self, files=files, labels=self.labels[kept])
+        files, labels = tuple(self.files[index] for index in kept), self.labels[kept]
+        emptied = np.flatnonzero(np.bincount(labels, minlength=len(self.classes)) == 0)
+        if len(emptied):
+            raise UserError(
+                f"no image in {self.folder / self.classes[emptied[0]]} can be read: mend some, or "
+                "remove the class from the training and the validation folder"
+            )
+        return dataclasses.replace(self, files=files, labels=labels)
 
 
 def open_image_set(folder_name: str) -> ImageSet:
@@ -77,25 +85,36 @@ def open_image_set(folder_name: str) -> ImageSet:
     if not folder.is_dir():
         raise UserError(
             f"no folder {folder}: make one with `python3 scripts/prepare_data.py digits "
-            "data/digits` (small, no network) or `python3 scripts/prepare_data.py imagenette "
-            "data/imagenette`, and name it with --train-folder-name and --val-folder-name"
+            "data/digits` (small, no network; for --recipe quickstart) or `python3 "
+            "scripts/prepare_data.py imagenette data/imagenette`, and name it with "
+            "--train-folder-name and --val-folder-name"
         )
     classes = sorted(entry.name for entry in os.scandir(folder) if _is_class_folder(entry))
     if not classes:
-        raise UserError(f"{folder} has no class folders: expected {folder}/<class>/<image>.jpg")
+        raise UserError(
+            f"{folder} has no class folders: the images are looked for in {folder}/<class>/"
+        )
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = sorted(
-            entry.name
-            for entry in os.scandir(folder / name)
-            if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith(".")
-        )
+        images = image_names(folder / name)
         if not images:
-            raise UserError(f"class folder {folder / name} holds no image: fill or remove it")
+            raise UserError(
+                f"class folder {folder / name} holds no image (such as a .jpg or .png): fill it or "
+                f"remove it; the images lie in {folder}/<class>/"
+            )
         files += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     return ImageSet(folder, tuple(classes), tuple(files), np.array(labels, dtype=np.int64))
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the image files in a folder, sorted; by their endings, whatever they hold."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith(".")
+    )
 
 
 def _is_class_folder(entry: os.DirEntry) -> bool:
@@ -135,13 +154,16 @@ def find_bad_images(image_set: ImageSet, workers: int, decode_all: bool) -> dict
             return str(error)
         return None
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, workers), "check")
+    try:
         reasons = pool.map(reason, range(len(image_set.files)))
         return {
             file: text
             for file, text in zip(image_set.files, reasons, strict=True)
             if text is not None
         }
+    finally:
+        pool.shutdown(cancel_futures=True)  # a user who interrupts waits for no further file
 
 
 def _looks_whole(path: Path) -> bool:
@@ -163,7 +185,7 @@ def _looks_whole(path: Path) -> bool:
 def open_images(
     config: Config, skipped: list[str] | None = None
 ) -> tuple[ImageSet, ImageSet, list[str]]:
-    """Training set, validation set, and the paths of files left out as unreadable.
+    """Training set, validation set, and the files left out as unreadable: "train/class/name".
 
     A resumed run passes the files that it left out at its beginning, and checks no file again.
     Raises UserError for folders, classes or images that no run should be started on.
@@ -171,41 +193,58 @@ def open_images(
     train_set = open_image_set(config.train_folder_name)
     val_set = open_image_set(config.val_folder_name)
     check_same_classes(train_set, val_set)
+    parts = {"train": train_set, "val": val_set}
     if skipped is None:
-        skipped = check_files(config, train_set) + check_files(config, val_set)
-    train_set, val_set = train_set.without(skipped), val_set.without(skipped)
-    images = len(train_set.files)
-    if images < config.batch_size:
-        raise UserError(
-            f"batch_size is {config.batch_size}, but {train_set.folder} has {images:,} images: "
-            f"use --batch-size {images} or less"
+        skipped = check_files(config, parts)
+    # The two may have files of the same name, of which one is good.
+    train_set, val_set = (
+        image_set.without(
+            [file.removeprefix(f"{part}/") for file in skipped if file.startswith(f"{part}/")]
         )
-    if images % config.batch_size == 1:
+        for part, image_set in parts.items()
+    )
+    images, size = len(train_set.files), config.batch_size
+    if images < size:
         raise UserError(
-            f"with batch_size {config.batch_size} the last batch of {images:,} images would hold "
-            f"one, of which BatchNorm has no statistics: use --batch-size {config.batch_size - 1}"
+            f"batch_size is {size}, but {train_set.folder} has {images:,} images: use --batch-size "
+            f"{images} or less"
+        )
+    if images % size == 1:
+        sizes = itertools.chain(range(size - 1, 1, -1), range(size + 1, images + 1))
+        better = next(other for other in sizes if images % other != 1)
+        raise UserError(
+            f"with batch_size {size} the last batch of {images:,} training images would hold a "
+            f"single one, of which BatchNorm has no statistics: use --batch-size {better}"
         )
     return train_set, val_set, skipped
 
 
-def check_files(config: Config, image_set: ImageSet) -> list[str]:
-    """Files that cannot be read, listed on the screen; raises UserError unless they are skipped."""
-    started = time.monotonic()
-    bad = find_bad_images(image_set, config.workers, decode_all=config.skip_bad_images)
-    log.info(
-        "checked %s files in %s in %s",
-        f"{len(image_set.files):,}", image_set.folder, format_duration(time.monotonic() - started),
-    )  # fmt: skip
-    for file, reason in bad.items():
-        log.info("cannot be read: %s (%s)", image_set.folder / file, reason)
-    if bad and not config.skip_bad_images:
-        first = next(iter(bad))
+def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
+    """Files that cannot be read, as "part/class/name", each told on the screen with the reason.
+
+    Raises UserError if there are any, unless the settings say to leave them out.
+    """
+    skipped: list[str] = []
+    first = ""
+    for part, image_set in parts.items():
+        started = time.monotonic()
+        bad = find_bad_images(image_set, config.workers, decode_all=config.skip_bad_images)
+        log.info(
+            "checked %s files in %s in %s",
+            f"{len(image_set.files):,}", image_set.folder,
+            format_duration(time.monotonic() - started),
+        )  # fmt: skip
+        for file, reason in bad.items():
+            log.info("cannot be read: %s (%s)", image_set.folder / file, reason)
+            first = first or f"{image_set.folder / file} ({reason})"
+            skipped.append(f"{part}/{file}")
+    if skipped and not config.skip_bad_images:
+        images = sum(len(image_set.files) for image_set in parts.values())
         raise UserError(
-            f"{len(bad)} of {len(image_set.files):,} images cannot be read, listed above, the "
-            f"first {image_set.folder / first} ({bad[first]}): mend or remove them, or leave them "
-            "out with --skip-bad-images"
+            f"{len(skipped)} of {images:,} images cannot be read, listed above, the first {first}: "
+            "mend or remove them, or leave them out with --skip-bad-images"
         )
-    return list(bad)
+    return skipped
 
 
 # ------------------------------------------------------------------------------ one image
@@ -222,8 +261,10 @@ def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
     if plain_jpeg_size(data) is not None:
         try:
             return simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width)
-        except ValueError:
-            pass  # Pillow knows which slips of old encoders are harmless, and refuses the others
+        except ValueError as error:
+            if "Premature end" in str(error):
+                raise  # cut short, or zeros to its end: Pillow may take what is missing for grey
+            # Pillow knows which other slips of encoders are harmless, and refuses the rest.
     return decode_with_pillow(data)
 
 
@@ -242,8 +283,12 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def _is_turned(data: bytes) -> bool:
     """Whether EXIF data turns or mirrors the picture."""
-    # Most files end at the first half, some microseconds later.
-    return b"Exif\0\0" in data and _turn_upright(Image.open(io.BytesIO(data))) is not None
+    if b"Exif\0\0" not in data:  # most files end here, some microseconds later
+        return False
+    try:
+        return _turn_upright(Image.open(io.BytesIO(data))) is not None
+    except (OSError, Image.DecompressionBombError):
+        return False  # decoding it will tell
 
 
 def _turn_upright(image: Image.Image) -> Image.Transpose | None:
@@ -253,7 +298,7 @@ def _turn_upright(image: Image.Image) -> Image.Transpose | None:
     """
     try:
         return TURNS.get(image.getexif().get(0x0112))
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
         return None  # Exif data that cannot be read turns nothing
 
 
@@ -268,7 +313,9 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
             return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
     except Image.UnidentifiedImageError:
         raise ValueError("not an image that can be read") from None
-    except (SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # Pillow answers broken files with SyntaxError, TypeError and more
         raise ValueError(str(error)) from None
 
 
@@ -344,10 +391,10 @@ def fill_train(config: Config, epoch: int, data: bytes, index: int, out: np.ndar
         picture = decode(
             data, math.ceil(height * px / crop_height), math.ceil(width * px / crop_width)
         )
-    # The crop on the picture as it was decoded, which may be smaller than the file says.
-    down, across = picture.shape[0] / height, picture.shape[1] / width
-    top, bottom = round(top * down), round((top + crop_height) * down)
-    left, right = round(left * across), round((left + crop_width) * across)
+    # The crop on the picture as it was decoded: at so many eighths, its size rounded up.
+    scale = round(8 * max(picture.shape[:2]) / max(height, width)) / 8
+    top, bottom = round(top * scale), round((top + crop_height) * scale)
+    left, right = round(left * scale), round((left + crop_width) * scale)
     crop = picture[top : max(bottom, top + 1), left : max(right, left + 1)]
     shrinks = crop.shape[0] > px or crop.shape[1] > px
     cv2.resize(

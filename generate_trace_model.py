@@ -16,6 +16,7 @@ import hashlib
 import io
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,13 @@ RESIZE_RULE = (
 
 def trace(model: ResNet50Wrapper, px: int) -> torch.jit.ScriptModule:
     """The model as TorchScript, for inputs (N, 3, px, px)."""
-    with warnings.catch_warnings():
-        # Said once, in the README, and not at every export.
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        return torch.jit.trace(model, torch.zeros(1, 3, px, px))
+    return torch.jit.trace(model, torch.zeros(1, 3, px, px))
 
 
 def largest_difference(
     model: ResNet50Wrapper, traced: torch.jit.ScriptModule, images: torch.Tensor
 ) -> float:
-    """The largest difference of any logit, over the batch (N, 3, H, W) and its first image alone."""
+    """The largest difference of any logit: of the batch (N, 3, H, W), and of its first alone."""
     with torch.inference_mode():
         pairs = [(model(batch), traced(batch)) for batch in (images, images[:1])]
     return max((eager - exported).abs().max().item() for eager, exported in pairs)
@@ -79,23 +77,35 @@ def _is_wordnet_id(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
-def choose_examples(val_set: data.ImageSet, count: int) -> list[int]:
-    """Indexes of the first image of up to `count` classes, evenly spaced among them."""
-    classes = np.unique(np.linspace(0, len(val_set.classes) - 1, count).round().astype(int))
-    return [int(np.flatnonzero(val_set.labels == label)[0]) for label in classes]
+def choose_examples(val_folder: Path, classes: tuple[str, ...], count: int) -> dict[Path, int]:
+    """The first validation image of up to `count` classes, evenly spaced, with its label."""
+    if not val_folder.is_dir():
+        print(f"no folder {val_folder}: the export has no example pictures")
+        return {}
+    spaced = np.unique(np.linspace(0, len(classes) - 1, count).round().astype(int)).tolist()
+    images = {label: data.image_names(val_folder / classes[label]) for label in spaced}
+    return {
+        val_folder / classes[label] / names[0]: label for label, names in images.items() if names
+    }
 
 
-def example_images(val_set: data.ImageSet, indexes: list[int], config: Config) -> torch.Tensor:
-    """The images as validation shows them to the model, normalised float32 (N, 3, px, px)."""
-    pixels = np.empty((len(indexes), config.val_px, config.val_px, 3), dtype=np.uint8)
-    for out, index in zip(pixels, indexes, strict=True):
-        data.fill_val(config, val_set.path(index).read_bytes(), index, out)
+def example_images(examples: dict[Path, int], config: Config) -> torch.Tensor:
+    """Pictures as validation shows them to the model, normalised float32 (N, 3, px, px).
+
+    Where there are no examples, two pictures of noise, which serve to compare outputs.
+    """
+    shape = (len(examples) or 2, config.val_px, config.val_px, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for out, path in zip(pixels, examples, strict=False):
+        data.fill_val(config, path.read_bytes(), 0, out)
     return data.normalize(torch.from_numpy(pixels))
 
 
 def main() -> None:
     """Trace, compare, and write the files that the app reads."""
     options = parse_options(DeploymentConfig, __doc__)
+    # Said once, in the README, and not five times at every export.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name)
     if not options.name:
@@ -105,16 +115,17 @@ def main() -> None:
     if record is None or not weights.exists():
         raise UserError(f"no {weights}: train the run first with python3 trainer.py --name {name}")
     config = Config(**record["config"])
+    classes = tuple(record["classes"])
     print(options)
 
-    val_set = data.open_image_set(config.val_folder_name)
-    model = load_weights(weights, len(val_set.classes)).eval()
+    model = load_weights(weights, len(classes)).eval()
     print("Tracing model on device: cpu")
     traced = trace(model, config.val_px)
     print(traced.graph)
 
-    indexes = choose_examples(val_set, options.examples)
-    images = example_images(val_set, indexes, config)
+    labels = human_names(classes)
+    examples = choose_examples(Path(config.val_folder_name), classes, options.examples)
+    images = example_images(examples, config)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
     content = buffer.getvalue()
@@ -128,16 +139,15 @@ def main() -> None:
         )
     print(
         f"traced and eager outputs differ by at most {difference:.1e} (allowed: {TOLERANCE:.0e}) "
-        f"on {len(indexes)} validation images"
+        f"on {len(images)} {'validation images' if examples else 'pictures of noise'}"
     )
-    labels = human_names(val_set.classes)
-    show_predictions(exported, images, labels, val_set, indexes)
+    show_predictions(exported, images, labels, examples)
     metadata = {
         "format": 1,
         "name": name,
         "file": "model.pt",
         "sha256": hashlib.sha256(content).hexdigest(),
-        "classes": list(val_set.classes),
+        "classes": list(classes),
         "labels": labels,
         "input_px": config.val_px,
         "resize_px": config.val_resize_px,
@@ -147,7 +157,6 @@ def main() -> None:
         "weights": options.weights,
         **measured_accuracy(folder, options.weights),
     }
-    examples = [val_set.path(index) for index in indexes]
     for target in (folder / "export", Path(options.app_folder)):
         write_export(target, content, metadata, examples)
         print(f"wrote {target / 'model.pt'}, model.json and examples/")
@@ -157,17 +166,15 @@ def show_predictions(
     exported: torch.jit.ScriptModule,
     images: torch.Tensor,
     labels: list[str],
-    val_set: data.ImageSet,
-    indexes: list[int],
+    examples: dict[Path, int],
 ) -> None:
     """Print what the exported model makes of each example, and what it is."""
     with torch.inference_mode():
         probabilities = exported(images).softmax(dim=1)
-    for row, index in zip(probabilities, indexes, strict=True):
+    for row, (path, truth) in zip(probabilities, examples.items(), strict=False):
         guess = int(row.argmax())
-        truth = int(val_set.labels[index])
-        verdict = "right" if guess == truth else f"wrong, it is {labels[truth]}"
-        print(f"  {val_set.path(index)}: {labels[guess]} {100 * row[guess]:.1f} % ({verdict})")
+        verdict = "right" if guess == truth else f"wrong: it is {labels[truth]}"
+        print(f"  {path}: {labels[guess]}, {100 * row[guess]:.1f} % ({verdict})")
 
 
 def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def write_export(
-    folder: Path, content: bytes, metadata: dict[str, Any], examples: list[Path]
+    folder: Path, content: bytes, metadata: dict[str, Any], examples: Iterable[Path]
 ) -> None:
     """Write model.pt, model.json and examples/ into a folder, in place of an earlier export."""
     folder.mkdir(parents=True, exist_ok=True)

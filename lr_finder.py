@@ -60,7 +60,7 @@ class FinderOptions:
 def range_test(
     run: trainer.Run, batches: Iterator[data.Batch], options: FinderOptions
 ) -> tuple[list[float], list[float], list[float]]:
-    """Learning rates, losses and smoothed losses, a value a step, up to the end or to divergence."""
+    """Learning rates, losses, smoothed losses: a value a step, until the end or divergence."""
     growth = (options.last_lr / options.first_lr) ** (1 / max(1, options.steps - 1))
     rates: list[float] = []
     losses: list[float] = []

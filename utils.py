@@ -1,4 +1,4 @@
-"""What every stage shares: the settings, the recipes, the run's folder, the log, and how errors end.
+"""What every stage shares: settings, recipes, the run's folder, the log, how errors end.
 
 Nothing here imports torch, so that a mistake on the command line is answered at once.
 A stage is started with `python3 STAGE.py`, takes every field of `Config` as an option, and
@@ -20,10 +20,12 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +40,13 @@ STD = (0.229, 0.224, 0.225)
 EXIT_FAILED = 1  # training itself went wrong, for example a loss that is not a number
 EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is wrong
 EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
+
+# System errors that a user can mend: a disk that is full or not theirs to write to, and a file or a
+# name in the place of a folder.
+USERS_TO_MEND = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 
 log = logging.getLogger("resnet50")
 
@@ -149,12 +158,12 @@ RECIPES: dict[str, Config] = {
         val_folder_name="data/digits/val",
         epochs=12,
         batch_size=32,
-        max_lr=0.05,
+        max_lr=0.02,
         weight_decay=5e-4,
-        train_px=32,
-        val_px=32,
-        val_resize_px=32,
-        crop_min_scale=0.6,
+        train_px=64,
+        val_px=64,
+        val_resize_px=64,
+        crop_min_scale=0.8,
         flip=False,
         zero_init_residual=True,
         workers=2,
@@ -218,12 +227,15 @@ def _recipe_named(arguments: list[str]) -> str:
 
 def _one_line(box: str) -> str:
     """tyro's framed complaint without the frame, up to the first rule below the message."""
+    # The frame is in ASCII, with a rule below the title, where the output is not in UTF-8.
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    message = []
+    message: list[str] = []
     for line in lines[1:]:
-        if line and not line.strip("─"):
+        is_rule = line and not line.strip("─-")
+        if is_rule and message:
             break
-        message.append(line)
+        if not is_rule:
+            message.append(line)
     script = Path(sys.argv[0]).name
     return f"{' '.join(message).strip()} (python3 {script} --help lists the options)"
 
@@ -235,6 +247,8 @@ def check_config(config: Config) -> None:
         value = getattr(config, field)
         if not 0 < value < math.inf:
             raise UserError(f"{field} is {value}: it must be above 0")
+    if config.batch_size == 1:
+        raise UserError("batch_size is 1: it must be 2 or more, for BatchNorm's statistics")
     not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
     for field in (*not_negative, "price_per_hour"):
         value = getattr(config, field)
@@ -242,6 +256,8 @@ def check_config(config: Config) -> None:
             raise UserError(f"{field} is {value}: it must be 0 or more")
     if not 0 < config.pct_start < 1:
         raise UserError(f"pct_start is {config.pct_start}: it must lie between 0 and 1")
+    if config.momentum >= 1:
+        raise UserError(f"momentum is {config.momentum}: it must be below 1")
     if not 0 < config.crop_min_scale <= 1:
         raise UserError(f"crop_min_scale is {config.crop_min_scale}: it must be above 0, at most 1")
     if not 0 <= config.seed < 2**63:
@@ -256,16 +272,24 @@ def check_config(config: Config) -> None:
 def run_stage(main: Callable[[], None]) -> None:
     """Call a stage's main; a mistake of its user ends it with one line on stderr, no traceback."""
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except UserError as error:
         _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", EXIT_INTERRUPTED)
     except OSError as error:
-        # The disk is full, or not ours to write to: the only system errors a user can mend.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in USERS_TO_MEND:
             raise
         _end(f"{error.filename or 'the disk'}: {error.strerror}", EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
+            raise
+        _end(
+            "the GPU has too little memory: use a smaller --batch-size or --train-px, or end what "
+            "else runs on it (see nvidia-smi)",
+            EXIT_USER_ERROR,
+        )
 
 
 def _end(text: str, exit_code: int) -> None:
@@ -289,6 +313,21 @@ def run_folder(runs_folder: str, name: str) -> Path:
             "underscores, not beginning with a dot or a dash"
         )
     return Path(runs_folder) / name
+
+
+def check_writable(folder: Path, option: str) -> Path:
+    """Try to write where a folder is or will be made; raises UserError naming the option to change.
+
+    Returns the nearest folder that is there already, and leaves nothing in it.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            return existing
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}: choose another {option}"
+        ) from None
 
 
 def latest_run(runs_folder: str) -> str:
@@ -333,20 +372,33 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, in order of epochs."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Rows of a metrics.jsonl, in order of epochs; raises UserError if it is damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:  # bytes that are no text are one too
+        raise UserError(_damaged(path)) from None
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The value in a JSON file, None if there is no such file; UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:  # bytes that are no text are one too
+        raise UserError(_damaged(path)) from None
 
 
-def save_config(folder: Path, config: Config, hardware: dict[str, Any]) -> None:
-    """Write config.json: the settings beside the versions, the commit and the hardware."""
+def _damaged(path: Path) -> str:
+    return f"{path} is damaged: remove it, and run the command that wrote it again"
+
+
+def save_config(
+    folder: Path, config: Config, classes: Sequence[str], hardware: dict[str, Any]
+) -> None:
+    """Write config.json: settings, classes in the order of the outputs, versions, hardware."""
     packages = ("torch", "torchvision", "numpy", "simplejpeg", "opencv-python-headless", "pillow")
     record = {
         "config": dataclasses.asdict(config),
+        "classes": list(classes),
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},
@@ -359,7 +411,7 @@ def save_config(folder: Path, config: Config, hardware: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with `-dirty` behind it where files differ; empty outside git."""
+    """The commit of this checkout, `-dirty` where files differ from it; empty outside git."""
     with contextlib.suppress(OSError):
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

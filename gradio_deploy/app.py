@@ -2,8 +2,8 @@
 
 Command: `python3 app.py`, from any folder. It stands alone and reads only what
 `generate_trace_model.py` writes beside it: `model.json` (labels, sizes, mean, standard deviation,
-measured accuracy), `model.pt` (TorchScript, float32) and `examples/` (pictures, optional). Nothing
-is written. The address is Gradio's to choose: GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
+measured accuracy), `model.pt` (TorchScript, float32) and `examples/` (pictures, optional). It
+writes nothing there. Its address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT.
 
 A file that is missing or does not belong to the others ends it with one line on stderr and exit
 code 2.
@@ -147,13 +147,13 @@ def class_names(export: dict) -> list[str]:
 def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.Blocks:
     """The page and its one endpoint, `/classify`, for the export that lies in `folder`."""
     names = class_names(export)
-    examples, uploads = folder / "examples", Path(gr.utils.get_upload_folder()).resolve()
+    uploads = Path(gr.utils.get_upload_folder()).resolve()  # Gradio copies the examples there too
 
     def classify(upload: dict | None) -> tuple[dict[str, float], str]:
         """The likeliest classes of a picture with their probabilities, and the time it took."""
         path = Path((upload or {}).get("path") or "").resolve()
-        # Gradio hands on whatever path a handmade request names; only these two are for visitors.
-        if not any(path.is_relative_to(readable) for readable in (uploads, examples)):
+        # Gradio hands on whatever path of the server a handmade request names.
+        if not path.is_relative_to(uploads):
             refuse("Choose a picture first.")
         start = time.perf_counter()
         images = preprocess(open_picture(path), export)
@@ -188,9 +188,8 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
         ask["trigger_mode"] = "always_last"  # a second picture gets its answer after the first
         asked = gr.on([button.click, picture.upload], **ask, api_name="classify")
 
-        gr.set_static_paths([examples])  # served from where they lie, whatever the current folder
         endings = Image.registered_extensions()
-        files = sorted(examples.glob("*"))
+        files = sorted((folder / "examples").glob("*"))
         if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in PICTURE_FORMATS]:
             load = gr.Examples(shown, inputs=picture, cache_examples=False).load_input_event
             load.then(**ask, api_visibility="private")
@@ -210,7 +209,9 @@ def main() -> None:
     page = make_page(model, export, FOLDER)
     # The visitor's own font: nothing to load, and every weight is there.
     theme = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
-    page.launch(theme=theme, max_file_size=MAX_UPLOAD)
+    # Gradio 6.20 serves a clicked example only from the current folder or an allowed one.
+    examples = str(FOLDER / "examples")
+    page.launch(theme=theme, max_file_size=MAX_UPLOAD, allowed_paths=[examples])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ are gathered in DIR.partial, which takes DIR's name at the end.
 """
 
 import dataclasses
+import http.client
 import shutil
 import sys
 from pathlib import Path
@@ -69,7 +70,8 @@ def imagenette(folder: Path, size: str) -> None:
 
     try:
         Imagenette(str(folder), split="train", size=size, download=True)
-    except (OSError, RuntimeError) as error:  # no network; an archive whose checksum is wrong
+    # No network; no HTTP from the other end; an archive whose checksum is wrong.
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise UserError(f"Imagenette could not be downloaded: {error}") from None
     for archive in folder.glob("*.tgz"):
         archive.unlink()

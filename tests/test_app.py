@@ -4,8 +4,6 @@ The model is one whose answers can be worked out by hand: the mean colour of the
 it is shown. Chromium or Chrome must be installed; the app itself is started as a user starts it.
 """
 
-# ruff: noqa: D103 (a test's name says what it expects)
-
 import contextlib
 import hashlib
 import importlib.util
@@ -113,7 +111,7 @@ def start_app(folder: Path) -> Iterator[App]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     elsewhere = folder.parent / f"{folder.name}-elsewhere"
-    elsewhere.mkdir()
+    elsewhere.mkdir(exist_ok=True)
     environment = {
         **os.environ,
         "GRADIO_SERVER_NAME": "127.0.0.1",

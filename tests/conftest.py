@@ -1,0 +1,57 @@
+"""What the test files share: tiny images, and the stages started as a user starts them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# One thread, since the tests themselves are the parallelism; no GPU, even where there is one.
+COMMAND_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def make_images(
+    folder: Path, classes: int = 3, images: int = 8, px: int = 48, seed: int = 0
+) -> None:
+    """Write `images` JPEGs a class into folder/train and folder/val: noisy waves, tinted by class.
+
+    The classes are class_0, class_1 and so on, the files train_0.jpg and so on.
+    """
+    noise = np.random.default_rng(seed)
+    across = np.linspace(0, 2 * np.pi, px)
+    for part in ("train", "val"):
+        for label in range(classes):
+            class_folder = folder / part / f"class_{label}"
+            class_folder.mkdir(parents=True)
+            tint = np.roll([80, 20, -60], label)
+            waves = np.sin((label + 1) * across)[:, None, None] * tint + tint / 2
+            for image in range(images):
+                picture = 128 + waves + noise.normal(0, 25, (px, px, 3))
+                pixels = picture.clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(class_folder / f"{part}_{image}.jpg")
+
+
+def run_stage_command(
+    *arguments: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage in a process of its own: run_stage_command("trainer.py", "--epochs", 1).
+
+    `env` is what the environment has beside COMMAND_ENVIRONMENT.
+    """
+    stage, *options = map(str, arguments)
+    return subprocess.run(
+        [sys.executable, REPOSITORY / stage, *options],
+        cwd=cwd,
+        env={**COMMAND_ENVIRONMENT, **(env or {})},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,114 @@
+"""Saving, loading, and what a damaged or crowded folder does to them."""
+
+import hashlib
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from utils import Config, UserError
+
+
+def make_state(step: int, epochs: int = 0) -> dict:
+    torch.manual_seed(step)
+    return {
+        "step": step,
+        "history": [{"epoch": epoch + 1} for epoch in range(epochs)],
+        "model": {"weight": torch.randn(20, 30), "steps": torch.tensor(step)},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.randn(5)}}, "param_groups": [{}]},
+    }
+
+
+def same(left: object, right: object) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def test_what_is_saved_is_loaded_and_bears_its_hash(tmp_path: Path) -> None:
+    state = make_state(7, epochs=1)
+    path = checkpoint.save(tmp_path, state)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.name == f"epochs-001-step-00000007-{digest[:16]}.pt"
+    assert same(checkpoint.load_latest(tmp_path), state)
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path / "none") is None
+
+
+def test_the_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
+    (tmp_path / ".epochs-000-step-00000001-0123456789abcdef.pt.tmp").write_bytes(b"half")
+    # The same step before and after its validation: the finished epoch makes the later one.
+    for step, epochs in ((9, 0), (10, 0), (10, 1), (100_000_000, 1)):
+        checkpoint.save(tmp_path, make_state(step, epochs))
+        assert same(checkpoint.load_latest(tmp_path), make_state(step, epochs))
+    names = sorted(path.name[:-20] for path in tmp_path.iterdir())
+    assert names == ["epochs-001-step-00000010", "epochs-001-step-100000000"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_checkpoint_is_left_aside(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(tmp_path, make_state(1))
+    path = checkpoint.save(tmp_path, make_state(2))
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[random.Random(0).randrange(len(content))] ^= 1
+    path.write_bytes({"flip": content, "cut": content[:-1], "empty": b""}[damage])
+    assert same(checkpoint.load_latest(tmp_path), make_state(1))
+    assert path.name in caplog.text
+
+    for other in tmp_path.iterdir():
+        other.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_background_saving_keeps_the_state_of_the_moment(tmp_path: Path) -> None:
+    saver = checkpoint.BackgroundSaver(tmp_path)
+    state = make_state(3)
+    saver.save(state)
+    state["model"]["weight"].zero_()
+    saver.wait()
+    assert same(checkpoint.load_latest(tmp_path), make_state(3))
+
+
+def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> None:
+    saver = checkpoint.BackgroundSaver(tmp_path / "missing")
+    saver.save(make_state(1))
+    with pytest.raises(OSError, match="No such file"):
+        saver.save(make_state(2))
+
+
+def test_signals_are_noted_and_a_second_one_does_no_harm() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        interrupted = checkpoint.watch_for_interruption()
+        assert not interrupted.is_set()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            assert interrupted.wait(5)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_settings_that_change_the_result_may_not_change() -> None:
+    began = {"config": vars(Config())}
+    checkpoint.check_settings(began, Config(workers=3, log_interval_s=1, device="cpu"))
+    with pytest.raises(UserError, match=r"max_lr was 0.175, is 0.2; seed was 0, is 1"):
+        checkpoint.check_settings(began, Config(max_lr=0.2, seed=1))
+    # A run may be extended, and not again by another number.
+    checkpoint.check_settings(began, Config(extra_epochs=5))
+    with pytest.raises(UserError, match="extra_epochs was 5, is 6"):
+        checkpoint.check_settings({"config": vars(Config(extra_epochs=5))}, Config(extra_epochs=6))

@@ -1,0 +1,158 @@
+"""The export: what is printed and written, and that nothing unequal leaves the stage."""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import make_images, run_stage_command
+from PIL import Image
+
+import checkpoint
+import generate_trace_model
+import trainer
+import utils
+from model import ResNet50Wrapper, load_weights
+from utils import Config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of runs with one in it, as the trainer would have left it after two epochs."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_images(folder / "images", classes=3, images=4)
+    config = Config(
+        name="tiny",
+        train_folder_name=str(folder / "images/train"),
+        val_folder_name=str(folder / "images/val"),
+        val_px=64,
+        val_resize_px=72,
+    )
+    run = trainer.new_run(config, 3)
+    run.model.train()
+    for _ in range(3):  # statistics that are not BatchNorm's first ones
+        run.model(torch.randn(8, 3, 64, 64))
+    (folder / "tiny").mkdir()
+    classes = sorted(path.name for path in (folder / "images/val").iterdir())
+    utils.save_config(folder / "tiny", config, classes, {})
+    for name in ("best", "last"):
+        weights = checkpoint.encode(run.model.model.state_dict())
+        utils.write_atomically(folder / f"tiny/{name}.pt", weights)
+    row = {"val_top5": 100.0, "val_images": 12}
+    rows = [{"epoch": epoch + 1, "val_top1": top1, **row} for epoch, top1 in enumerate((40, 30))]
+    utils.write_metrics(folder / "tiny/metrics.jsonl", rows)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def export(runs: Path, tmp_path: Path, *options: str):
+    return run_stage_command(
+        *("generate_trace_model.py", "--runs-folder", str(runs)),
+        *("--app-folder", str(tmp_path / "app"), *options),
+    )
+
+
+def test_the_command_prints_and_writes_what_the_readme_says(runs: Path, tmp_path: Path) -> None:
+    done = export(runs, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # TorchScript's deprecation is the README's to tell
+    assert "exporting the most recent run: tiny" in done.stdout
+    assert "DeploymentConfig(name='', " in done.stdout
+    assert "Tracing model on device: cpu" in done.stdout
+    assert "graph(%self.1 : __torch__.model.ResNet50Wrapper" in done.stdout
+    assert "on 3 validation images" in done.stdout
+
+    for folder in (tmp_path / "app", runs / "tiny/export"):
+        content = (folder / "model.pt").read_bytes()
+        metadata = json.loads((folder / "model.json").read_text())
+        assert metadata["sha256"] == hashlib.sha256(content).hexdigest()
+        assert metadata["classes"] == metadata["labels"]
+        assert (metadata["input_px"], metadata["resize_px"]) == (64, 72)
+        assert metadata["mean"] == [0.485, 0.456, 0.406]
+        assert metadata["std"] == [0.229, 0.224, 0.225]
+        assert (metadata["epoch"], metadata["val_top1"]) == (1, 40)
+        assert len(list((folder / "examples").iterdir())) == 3
+
+    # The file gives the model's own answers, and torchvision's with torchvision's preprocessing.
+    traced = torch.jit.load(tmp_path / "app/model.pt")
+    model = load_weights(runs / "tiny/best.pt", 3).eval()
+    batch = torch.randn(5, 3, 64, 64)
+    with torch.inference_mode():
+        assert (traced(batch) - model(batch)).abs().max() <= 1e-5
+    transforms = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.Resize(72),
+            torchvision.transforms.CenterCrop(64),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(metadata["mean"], metadata["std"]),
+        ]
+    )
+    for path in (tmp_path / "app/examples").iterdir():
+        with torch.inference_mode():
+            answer = traced(transforms(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
+        said = re.search(rf"/{path.stem}/.*: class_(\d), (\S+) %", done.stdout)
+        # A grey level of rounding may separate the two ways to resize.
+        assert abs(float(answer[int(said[1])]) - float(said[2]) / 100) < 0.005
+
+
+def test_the_last_weights_are_exported_when_asked_for(runs: Path, tmp_path: Path) -> None:
+    done = export(runs, tmp_path, "--name", "tiny", "--weights", "last", "--examples", "2")
+    assert done.returncode == 0, done.stderr
+    metadata = json.loads((tmp_path / "app/model.json").read_text())
+    assert (metadata["weights"], metadata["epoch"], metadata["val_top1"]) == ("last", 2, 30)
+    assert len(list((tmp_path / "app/examples").iterdir())) == 2
+
+
+def test_without_the_validation_images_it_still_exports(runs: Path, tmp_path: Path) -> None:
+    (runs / "images").rename(runs / "away")
+    try:
+        done = export(runs, tmp_path)
+    finally:
+        (runs / "away").rename(runs / "images")
+    assert done.returncode == 0, done.stderr
+    assert "no example pictures" in done.stdout
+    assert "on 2 pictures of noise" in done.stdout
+    assert (tmp_path / "app/model.pt").exists()
+    assert not list((tmp_path / "app/examples").iterdir())
+
+
+def test_unequal_outputs_are_refused_and_nothing_is_written(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace_another(model: ResNet50Wrapper, px: int) -> torch.jit.ScriptModule:
+        other = ResNet50Wrapper(3).eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            other.model.fc.bias[1] += 1e-4
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(other, torch.zeros(1, 3, px, px))
+
+    monkeypatch.setattr(generate_trace_model, "trace", trace_another)
+    arguments = ["--runs-folder", str(runs), "--app-folder", str(tmp_path / "app")]
+    monkeypatch.setattr("sys.argv", ["generate_trace_model.py", *arguments])
+    before = sorted((runs / "tiny").rglob("*"))
+    with pytest.raises(utils.UserError, match=r"differ by 0\.0001") as error:
+        generate_trace_model.main()
+    assert error.value.exit_code == 1
+    assert not (tmp_path / "app").exists()
+    assert sorted((runs / "tiny").rglob("*")) == before
+
+
+def test_labels_are_english_for_imagenets_folders() -> None:
+    wnids = tuple(f"n{number:08d}" for number in range(1000))
+    labels = generate_trace_model.human_names(wnids)
+    assert (labels[0], labels[999]) == ("tench", "toilet tissue")
+    imagenette = ("n01440764", "n02102040", "n03888257")
+    assert generate_trace_model.human_names(imagenette) == [
+        "tench",
+        "English springer",
+        "parachute",
+    ]
+    assert generate_trace_model.human_names(("0", "1")) == ["0", "1"]

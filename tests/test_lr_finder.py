@@ -1,0 +1,79 @@
+"""The LR range test: the curve, the suggestion, and that it leaves no trace in a run."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from conftest import make_images, run_stage_command
+from PIL import Image
+
+import lr_finder
+from utils import UserError
+
+
+def valley(rates: list[float]) -> list[float]:
+    """A smoothed loss that falls around 0.03, fastest there, and explodes above 1."""
+    return [2.3 - 2 / (1 + (0.03 / rate) ** 2) + rate**3 for rate in rates]
+
+
+RATES = [1e-4 * 10 ** (5 * step / 199) for step in range(200)]
+
+
+def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
+    assert 0.02 < lr_finder.suggest(RATES, valley(RATES)) < 0.045
+    noise = random.Random(0)
+    noisy = [loss + noise.gauss(0, 0.005) for loss in valley(RATES)]
+    assert 0.01 < lr_finder.suggest(RATES, noisy) < 0.09
+
+
+@pytest.mark.parametrize("losses", [[2.3] * 200, [2.3 + rate for rate in RATES]])
+def test_a_loss_that_never_falls_gives_no_suggestion(losses: list[float]) -> None:
+    with pytest.raises(UserError, match="does not fall"):
+        lr_finder.suggest(RATES, losses)
+
+
+def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -> None:
+    make_images(tmp_path / "images", images=16)
+    settings = [
+        *("--runs-folder", str(tmp_path / "runs"), "--name", "run"),
+        *("--train-folder-name", str(tmp_path / "images/train")),
+        *("--val-folder-name", str(tmp_path / "images/val")),
+        *("--train-px", "32", "--val-px", "32", "--val-resize-px", "32", "--batch-size", "16"),
+        *("--epochs", "1", "--precision", "fp32", "--workers", "2", "--flip", "--seed", "1"),
+    ]
+    folder = tmp_path / "runs/run"
+    found = run_stage_command("lr_finder.py", *settings, "--steps", "40", "--last-lr", "100")
+    assert found.returncode == 0, found.stderr
+    files = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    assert files == ["lr_finder.json", "lr_finder.png"]
+
+    curve = json.loads((folder / "lr_finder.json").read_text())
+    rates, losses = curve["learning_rate"], curve["loss"]
+    assert len(rates) == len(losses) == len(curve["smoothed_loss"]) == curve["steps"]
+    # 100 is far too much for any network: the test must have stopped before its end.
+    assert curve["steps"] < 40
+    growth = [later / earlier for earlier, later in itertools.pairwise(rates)]
+    assert all(math.isclose(factor, (100 / 1e-4) ** (1 / 39)) for factor in growth)
+    assert rates[0] < curve["suggested_max_lr"] < rates[-1]
+    assert f"suggested max_lr: {curve['suggested_max_lr']:.3g}" in found.stdout
+    with Image.open(folder / "lr_finder.png") as picture:
+        assert picture.size == (1350, 825)
+
+    # The first loss is that of the trainer's own first step: the same model, batch and crops.
+    trained = run_stage_command(
+        "trainer.py", *settings, "--max-lr-from-finder", "--log-interval-s", "1e-9"
+    )
+    assert trained.returncode == 0, trained.stderr
+    first = next(line for line in trained.stdout.splitlines() if "step 1/" in line)
+    assert f"loss {losses[0]:.2f}" in first
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["max_lr"] == curve["suggested_max_lr"]
+
+    weights = (folder / "last.pt").read_bytes()
+    again = run_stage_command("lr_finder.py", *settings, "--steps", "40", "--last-lr", "100")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "last.pt").read_bytes() == weights
+    assert json.loads((folder / "lr_finder.json").read_text()) == curve

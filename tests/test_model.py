@@ -1,0 +1,65 @@
+"""model.py: torchvision's ResNet-50 and no other, by its table, its weights and its outputs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import run_stage_command
+
+from model import ResNet50Wrapper, load_weights
+
+
+@pytest.mark.parametrize(
+    ("options", "first_px", "parameters"),
+    [((), 112, "25,557,032"), (("--num-classes", "10", "--side-px", "32"), 16, "23,528,522")],
+)
+def test_prints_the_table_of_layers(
+    options: tuple[str, ...], first_px: int, parameters: str
+) -> None:
+    done = run_stage_command("model.py", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = re.findall(r"^ *[A-Za-z0-9]+-(\d+) +(\[.*\]) +([\d,]+)$", done.stdout, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 175))
+    assert rows[0][1] == f"[-1, 64, {first_px}, {first_px}]"
+    assert f"{sum(int(count.replace(',', '')) for _, _, count in rows):,}" == parameters
+    assert f"\nTotal params: {parameters}\n" in done.stdout
+    assert f"\nTrainable params: {parameters}\n" in done.stdout
+
+
+def test_its_weights_are_torchvisions(tmp_path: Path) -> None:
+    ours = ResNet50Wrapper().eval()
+    torch.save(ours.model.state_dict(), tmp_path / "weights.pt")
+    theirs = torchvision.models.resnet50().eval()
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    theirs.load_state_dict(weights, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = ours(images)
+        assert logits.shape == (2, 1000)
+        assert torch.equal(logits, theirs(images))
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    saved = ResNet50Wrapper(num_classes=7).model.state_dict()
+    torch.save(saved, tmp_path / "weights.pt")
+    loaded = load_weights(tmp_path / "weights.pt", num_classes=7).model.state_dict()
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        assert torch.equal(loaded[name], value) and loaded[name].device.type == "cpu"
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_weights(tmp_path / "weights.pt", num_classes=8)
+
+
+def last_norms(model: ResNet50Wrapper) -> list[torch.Tensor]:
+    """Weights of the last BatchNorm of every residual branch."""
+    return [value for name, value in model.model.named_parameters() if "bn3.weight" in name]
+
+
+def test_zero_init_begins_every_residual_branch_at_zero() -> None:
+    zero = last_norms(ResNet50Wrapper(zero_init_residual=True))
+    usual = last_norms(ResNet50Wrapper())
+    assert len(zero) == len(usual) == 16
+    assert all((weight == 0).all() for weight in zero)
+    assert all((weight == 1).all() for weight in usual)

@@ -1,0 +1,322 @@
+"""Training runs: what they leave, that they are exact, and that they go on where they were."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
+
+import checkpoint
+import data
+import trainer
+from utils import Config, UserError, learning_rate
+
+TIMES = ("train_s", "val_s", "img_per_s")  # fields of a metrics row that no two runs share
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 classes of 7 training and some validation images: 21 = 2 batches of 8 and one of 5."""
+    folder = tmp_path_factory.mktemp("images")
+    make_images(folder, classes=3, images=7)
+    return folder
+
+
+@pytest.fixture
+def settings(images: Path, tmp_path: Path) -> dict[str, object]:
+    """Two epochs of three steps, in fp32: some seconds."""
+    return {
+        "runs_folder": str(tmp_path / "runs"),
+        "name": "run",
+        "train_folder_name": str(images / "train"),
+        "val_folder_name": str(images / "val"),
+        "epochs": 2,
+        "batch_size": 8,
+        "max_lr": 0.02,
+        "train_px": 32,
+        "val_px": 32,
+        "val_resize_px": 36,
+        "precision": "fp32",
+        "workers": 1,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _remove_checkpoints(tmp_path: Path) -> Iterator[None]:
+    """A run has 600 MB; pytest would keep those of the last three sessions."""
+    yield
+    for path in tmp_path.rglob("*.pt"):
+        path.unlink()
+
+
+def as_options(settings: dict[str, object]) -> list[str]:
+    options = []
+    for name, value in settings.items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
+    return options
+
+
+def train(settings: dict[str, object], *options: str) -> subprocess.CompletedProcess:
+    done = run_stage_command("trainer.py", *as_options(settings), *options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def run_folder(settings: dict[str, object]) -> Path:
+    return Path(str(settings["runs_folder"])) / str(settings["name"])
+
+
+def outcome(settings: dict[str, object]) -> dict[str, object]:
+    """All that two equal runs must share: hashes of weights and momentum, metrics but for times."""
+    folder = run_folder(settings)
+    state = checkpoint.load_latest(folder / "checkpoints")
+    assert state is not None
+
+    def digest(tensors: list[torch.Tensor]) -> str:
+        whole = hashlib.sha256()
+        for tensor in tensors:
+            whole.update(tensor.contiguous().numpy().tobytes())
+        return whole.hexdigest()
+
+    momentum = [part["momentum_buffer"] for part in state["optimizer"]["state"].values()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "weights": digest(list(state["model"].values())),
+        "last.pt": digest(list(torch.load(folder / "last.pt").values())),
+        "best.pt": digest(list(torch.load(folder / "best.pt").values())),
+        "momentum": digest(momentum),
+        "step": state["step"],
+        "rows": [{key: row[key] for key in row if key not in TIMES} for row in rows],
+        "result": {key: result[key] for key in result if key not in ("elapsed_s", "price_usd")},
+    }
+
+
+def test_a_run_leaves_what_the_readme_says(settings: dict[str, object]) -> None:
+    done = train(settings, "--price-per-hour", "3", "--log-interval-s", "1e-9", "--tensorboard")
+    folder = run_folder(settings)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["train_images"] == 21
+        assert row["val_images"] == len(list((Path(settings["val_folder_name"])).glob("*/*")))
+        for part in ("train", "val"):
+            for rank in ("1", "5"):
+                share = row[f"{part}_correct{rank}"] / row[f"{part}_images"]
+                assert math.isclose(row[f"{part}_top{rank}"], 100 * share)
+            assert row[f"{part}_top5"] == 100  # there are three classes
+            assert math.isfinite(row[f"{part}_loss"])
+        config = Config(**settings)
+        assert row["learning_rate"] == learning_rate(config, 3 * row["epoch"], 3)
+
+    log_lines = (folder / "train.log").read_text().splitlines()
+    assert log_lines[-1] in done.stdout
+    progress = next(line for line in log_lines if "epoch 2/2  step 2/3" in line)
+    for part in ("loss ", "top-1 ", "lr ", " img/s", "ETA ", "$"):
+        assert part in progress
+    assert any((folder / "tensorboard").iterdir())
+
+    # Weights bear torchvision's names, and best.pt is what result.json says it is.
+    model = torchvision.models.resnet50(num_classes=3)
+    model.load_state_dict(torch.load(folder / "best.pt"), strict=True)
+    result = json.loads((folder / "result.json").read_text())
+    best = max(rows, key=lambda row: row["val_top1"])
+    assert result["epoch"] == best["epoch"]
+    assert result["val_correct1"] == brute_force_correct(model, settings)
+    assert result["val_top1"] == best["val_top1"]  # fp32 in both evaluations
+
+    # A finished run is not trained again, and says what would.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = train(settings)
+    assert "is finished" in again.stdout
+    assert "--extra-epochs" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+    # Extended, it keeps its rows and adds to them.
+    train({**settings, "extra_epochs": 1})
+    extended = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert extended[:2] == rows
+    assert [row["epoch"] for row in extended] == [1, 2, 3]
+
+
+def brute_force_correct(model: torch.nn.Module, settings: dict[str, object]) -> int:
+    """Right answers, counted picture by picture with torchvision's own preprocessing."""
+    transform = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.Resize(settings["val_resize_px"]),
+            torchvision.transforms.CenterCrop(settings["val_px"]),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    pictures = torchvision.datasets.ImageFolder(settings["val_folder_name"], transform)
+    with torch.inference_mode():
+        guesses = [model.eval()(picture[None]).argmax().item() for picture, _ in pictures]
+    return sum(guess == label for guess, (_, label) in zip(guesses, pictures.samples, strict=True))
+
+
+def test_workers_and_repetition_change_nothing(settings: dict[str, object]) -> None:
+    outcomes = []
+    for workers in (1, 2, 4, 0):
+        named = {**settings, "name": f"workers{workers}", "workers": workers}
+        train(named)
+        outcomes.append(outcome(named))
+    assert outcomes[1:] == [outcomes[0]] * 3
+    other = {**settings, "name": "seed", "seed": 1}
+    train(other)
+    assert outcome(other)["weights"] != outcomes[0]["weights"]
+
+
+def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object]) -> None:
+    """Every step of a run in turn is its last before a restart; in one process, for speed."""
+    config = Config(**settings)
+    train_set, _, _ = data.open_images(config)
+    folder = Path(settings["runs_folder"])
+    folder.mkdir()
+
+    def steps(run: trainer.Run, count: int) -> None:
+        run.model.train()
+        while count:
+            epoch, first = divmod(run.step, 3)
+            for images, labels in data.train_batches(train_set, config, epoch, first):
+                trainer.train_step(run, images, labels, learning_rate(config, run.step, 3))
+                count -= 1
+                if not count:
+                    break
+
+    undisturbed = trainer.new_run(config, 3)
+    steps(undisturbed, 6)
+    for stop in range(1, 6):
+        run = trainer.new_run(config, 3)
+        steps(run, stop)
+        checkpoint.save(folder, run.state())
+        resumed = trainer.new_run(dataclasses.replace(config, seed=9), 3)
+        resumed.load(checkpoint.load_latest(folder))
+        assert resumed.step == stop
+        steps(resumed, 6 - stop)
+        for name, value in undisturbed.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], value), (stop, name)
+        assert torch.equal(resumed.totals["loss"], undisturbed.totals["loss"])
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> None:
+    """The real command, stopped by SIGTERM or SIGINT a step or so after each start."""
+    train(settings)
+    stopped = {**settings, "name": "stopped", "log_interval_s": 1e-9}
+    folder = run_folder(stopped)
+    ends = []
+    for number in [signal.SIGTERM, signal.SIGINT] * 4:
+        log = folder / "train.log"
+        seen = log.read_text().count("  step ") if log.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, "trainer.py", *as_options(stopped)],
+            cwd=REPOSITORY,
+            env=COMMAND_ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count("  step ") > seen:
+                process.send_signal(number)
+                process.send_signal(number)  # a second one does no harm
+                break
+            time.sleep(0.01)
+        code = process.wait(60)
+        if code == 0:
+            break
+        assert code == 75
+        ends.append(checkpoint.load_latest(folder / "checkpoints")["step"])
+    assert code == 0
+    assert len(ends) >= 2
+    assert ends == sorted(ends)
+    assert "everything is saved" in (folder / "train.log").read_text()
+    assert outcome(stopped) == outcome(settings)
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(settings: dict[str, object]) -> None:
+    done = train({**settings, "epochs": 3, "price_per_hour": 2}, "--dry-run")
+    assert not Path(settings["runs_folder"]).exists()
+    for text in ("21 training and", "3 classes", "3 steps of 8 an epoch", "GB of main memory"):
+        assert text in done.stdout
+    config = Config(**{**settings, "epochs": 3})
+    for epoch in (1, 2, 3):
+        assert f"epoch   {epoch}  {learning_rate(config, 3 * epoch, 3):.7f}" in done.stdout
+    assert "at $2.00 an hour" in done.stdout
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(settings: dict[str, object]) -> None:
+    done = run_stage_command("trainer.py", *as_options({**settings, "max_lr": 1e30}))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the loss became")
+    assert "--max-lr" in line
+
+
+def test_counts_are_those_of_a_plain_count() -> None:
+    torch.manual_seed(0)
+    totals = trainer.new_totals(torch.device("cpu"))
+    logits, labels = torch.randn(50, 12), torch.randint(0, 12, (50,))
+    for part in (slice(0, 32), slice(32, 50)):
+        loss = torch.nn.functional.cross_entropy(logits[part], labels[part])
+        trainer.add_to_totals(totals, loss, logits[part], labels[part])
+    ranks = [
+        sorted(range(12), key=lambda c, row=row: -row[c]).index(label)
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    row = trainer.read_totals(totals, "val")
+    assert (row["val_correct1"], row["val_correct5"], row["val_images"]) == (
+        sum(rank == 0 for rank in ranks),
+        sum(rank < 5 for rank in ranks),
+        50,
+    )
+    whole = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert math.isclose(row["val_loss"], whole, rel_tol=1e-6)
+
+
+def test_the_step_is_sgd_as_torch_has_it(settings: dict[str, object]) -> None:
+    """One train_step against the same step written out: loss, and every weight."""
+    # Residual branches that start at zero: else a fresh network doubles every rounding error.
+    config = Config(**{**settings, "weight_decay": 1.0, "zero_init_residual": True})
+    run = trainer.new_run(config, 3)
+    plain = trainer.new_run(config, 3).model.to(memory_format=torch.contiguous_format)
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (16,))
+    run.model.train()
+    loss = trainer.train_step(run, images, labels, 0.1)
+
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    inputs = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    expected = torch.nn.functional.cross_entropy(plain.train()(inputs), labels)
+    expected.backward()
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
+    trained = dict(run.model.named_parameters())
+    for name, weight in plain.named_parameters():
+        change = -0.1 * (weight.grad + 1.0 * weight)  # momentum begins at the gradient itself
+        error = trained[name] - (weight + change)
+        # The longest sums, those of the first layers, keep two or three digits in fp32.
+        assert error.norm() <= 0.01 * change.norm() + 1e-7, name
+
+
+def test_precision_and_device_are_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert trainer.choose_precision(Config(precision="fp32"), cpu) == "fp32"
+    assert trainer.choose_precision(Config(), torch.device("cuda")) == "fp16"
+    with pytest.raises(UserError, match="fp16, which needs a GPU"):
+        trainer.choose_precision(Config(precision="fp16"), cpu)
+    for flags, expected in (("flags: sse avx512_bf16", "bf16"), ("flags: sse avx2", "fp32")):
+        monkeypatch.setattr(Path, "read_text", lambda _, flags=flags: flags)
+        assert trainer.choose_precision(Config(), cpu) == expected

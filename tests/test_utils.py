@@ -1,0 +1,202 @@
+"""The settings, the schedule, the command line and the run's folder."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+from utils import RECIPES, Config, UserError, learning_rate
+
+REPOSITORY = Path(__file__).parent.parent
+
+# The published table of the reference run: max_lr 0.175, 2,860 steps an epoch, 50 epochs.
+PUBLISHED_RATES = {
+    1: "0.00884",
+    5: "0.04900",
+    10: "0.13300",
+    15: "0.17500",
+    20: "0.16633",
+    25: "0.14205",
+    30: "0.10697",
+    35: "0.06803",
+    40: "0.03294",
+    45: "0.00866",
+    48: "0.00141",
+    50: "0.0000007",
+}
+
+
+@pytest.mark.parametrize(("epoch", "published"), PUBLISHED_RATES.items())
+def test_learning_rates_are_those_of_the_published_table(epoch: int, published: str) -> None:
+    digits = len(published.partition(".")[2])
+    rate = learning_rate(Config(max_lr=0.175), epoch * 2860, 2860)
+    # To the printed precision: half a unit of the last digit, rounded or cut off.
+    assert math.isclose(rate, float(published), rel_tol=0, abs_tol=10**-digits)
+
+
+@pytest.mark.parametrize(("epochs", "steps", "pct_start"), [(5, 7, 0.3), (2, 50, 0.1), (3, 1, 0.5)])
+def test_the_schedule_is_torchs_one_cycle(epochs: int, steps: int, pct_start: float) -> None:
+    config = Config(epochs=epochs, pct_start=pct_start, max_lr=0.4, div_factor=10)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=0.4,
+        total_steps=epochs * steps,
+        pct_start=pct_start,
+        div_factor=10,
+        final_div_factor=config.final_div_factor,
+        cycle_momentum=False,
+    )
+    for step in range(epochs * steps):
+        expected = optimizer.param_groups[0]["lr"]
+        assert math.isclose(learning_rate(config, step, steps), expected, rel_tol=1e-9)
+        optimizer.step()
+        if step + 1 < epochs * steps:
+            scheduler.step()
+
+
+def test_extra_epochs_are_a_cycle_of_their_own() -> None:
+    config = Config(epochs=3, extra_epochs=2)
+    plain, extra = Config(epochs=3), Config(epochs=2)
+    rates = [learning_rate(config, step, 10) for step in range(50)]
+    assert rates[:30] == [learning_rate(plain, step, 10) for step in range(30)]
+    assert rates[30:] == [learning_rate(extra, step, 10) for step in range(20)]
+
+
+def test_the_defaults_are_the_reference_runs() -> None:
+    expected = {
+        "batch_size": 448,
+        "name": "resnet50_imagenet_1k_onecycleLr",
+        "workers": 12,
+        "max_lr": 0.175,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "epochs": 50,
+        "pct_start": 0.3,
+        "div_factor": 25.0,
+        "final_div_factor": 1e4,
+        "train_folder_name": "/mnt/data/imagenetdata/train",
+        "val_folder_name": "/mnt/data/imagenetdata/val",
+    }
+    config = dataclasses.asdict(RECIPES["reference"])
+    assert {name: config[name] for name in expected} == expected
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        config: utils.ConfigOptions
+
+    monkeypatch.setattr(sys, "argv", ["stage.py", *arguments])
+    return utils.parse_options(Options).config
+
+
+def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {}
+    for field in dataclasses.fields(Config):
+        value = getattr(RECIPES["reference"], field.name)
+        choices = {"recipe": "quickstart", "precision": "fp32", "device": "cpu"}
+        if field.name in choices:
+            changed[field.name] = choices[field.name]
+        elif isinstance(value, bool):
+            changed[field.name] = not value
+        else:
+            changed[field.name] = value + type(value)(1)
+    arguments: list[str] = []
+    for name, value in changed.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", str(value)]
+    assert dataclasses.asdict(parse(monkeypatch, *arguments)) == changed
+
+
+@pytest.mark.parametrize("arguments", [["--recipe", "quickstart"], ["--recipe=quickstart"]])
+def test_a_recipe_sets_the_defaults(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    config = parse(monkeypatch, *arguments, "--max_lr", "0.25")
+    assert config == dataclasses.replace(RECIPES["quickstart"], max_lr=0.25)
+
+
+def test_help_names_every_setting_and_says_what_it_is() -> None:
+    answer = subprocess.run(
+        [sys.executable, "trainer.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert answer.returncode == 0
+    text = " ".join(answer.stdout.replace("│", " ").split())
+    for field in dataclasses.fields(Config):
+        assert re.search(f"--{field.name.replace('_', '-')}[ ,]", text)
+    for phrase in ("images in a training step", "seconds between two progress lines"):
+        assert phrase in text
+
+
+def test_the_latest_run_is_the_one_started_last(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run in .* yet"):
+        utils.latest_run(str(tmp_path))
+    for age, name in enumerate(("newest", "older", "oldest")):
+        (tmp_path / name).mkdir()
+        utils.write_json(tmp_path / name / "config.json", {})
+        then = time.time() - 60 * age
+        os.utime(tmp_path / name / "config.json", (then, then))
+    (tmp_path / "no_run").mkdir()
+    assert utils.latest_run(str(tmp_path)) == "newest"
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    utils.write_atomically(path, b"old")
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, real=real, name=name: (order.append(name), real(*args))
+        )
+    utils.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert order == ["fsync", "replace", "fsync"]  # content, name, folder
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as error:
+        utils.write_atomically(path, b"newer")
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_config_json_tells_versions_commit_and_hardware(tmp_path: Path) -> None:
+    utils.save_config(tmp_path, Config(), ["cat", "dog"], {"gpu": "A10G"})
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert Config(**record["config"]) == Config()
+    assert record["classes"] == ["cat", "dog"]
+    assert record["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert record["hardware"] == {"gpu": "A10G"}
+    assert "commit" in record
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(41.4, "41 s"), (425, "7 min 5 s"), (51600, "14 h 20 min")]
+)
+def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> None:
+    assert utils.format_duration(seconds) == text
+
+
+def test_the_readme_has_every_setting_with_its_default() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for field in dataclasses.fields(Config):
+        star = r" \*" if field.name in utils.FREE_SETTINGS else ""
+        default = {True: "yes", False: "no"}.get(field.default, field.default)
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            default = f"{field.default:g}"
+        assert re.search(rf"\| `{field.name}`{star} \| {re.escape(str(default))} \|", readme)

@@ -27,11 +27,11 @@ HASH_DIGITS = 16
 _NAME = re.compile(rf"epochs-(\d{{3,}})-step-(\d{{8,}})-([0-9a-f]{{{HASH_DIGITS}}})\.pt")
 
 
-def encode(state: Any) -> memoryview:
+def encode(state: Any) -> bytes:
     """A value as the bytes that torch.load reads; tensors of any device."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:

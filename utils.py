@@ -338,7 +338,7 @@ def latest_run(runs_folder: str) -> str:
     return configs[-1].parent.name
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that a crash leaves either the old or the new content, on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

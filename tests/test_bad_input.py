@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
 from PIL import Image
 
@@ -246,6 +247,15 @@ def test_a_device_that_is_not_there_is_refused(
     done = run_stage_command(*command(stage, folder, *options))
     check_refused(done.returncode, done.stderr, *texts)
     assert tree(folder) == before
+
+
+def test_too_little_gpu_memory_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\n(advice)")
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_stage(main)
+    check_refused(stop.value.code, capsys.readouterr().err, "too little memory", "--batch-size")
 
 
 # ------------------------------------------------------------------------------ images

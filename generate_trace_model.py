@@ -12,6 +12,7 @@ TorchScript is deprecated in PyTorch and does not work from Python 3.14 on; READ
 will take its place.
 """
 
+import contextlib
 import hashlib
 import io
 import shutil
@@ -33,6 +34,7 @@ from utils import (
     Config,
     DeploymentConfig,
     UserError,
+    check_writable,
     latest_run,
     parse_options,
     read_json,
@@ -83,10 +85,17 @@ def choose_examples(val_folder: Path, classes: tuple[str, ...], count: int) -> d
         print(f"no folder {val_folder}: the export has no example pictures")
         return {}
     spaced = np.unique(np.linspace(0, len(classes) - 1, count).round().astype(int)).tolist()
-    images = {label: data.image_names(val_folder / classes[label]) for label in spaced}
-    return {
-        val_folder / classes[label] / names[0]: label for label, names in images.items() if names
-    }
+    images = {label: first_image(val_folder / classes[label]) for label in spaced}
+    return {path: label for label, path in images.items() if path}
+
+
+def first_image(folder: Path) -> Path | None:
+    """The first image of a folder that can be read, of which it may have none."""
+    for name in data.image_names(folder) if folder.is_dir() else ():
+        with contextlib.suppress(ValueError, OSError):
+            data.decode((folder / name).read_bytes())
+            return folder / name
+    return None
 
 
 def example_images(examples: dict[Path, int], config: Config) -> torch.Tensor:
@@ -116,9 +125,16 @@ def main() -> None:
         raise UserError(f"no {weights}: train the run first with python3 trainer.py --name {name}")
     config = Config(**record["config"])
     classes = tuple(record["classes"])
+    targets = {folder / "export": "--runs-folder", Path(options.app_folder): "--app-folder"}
+    for target, option in targets.items():
+        check_writable(target, option)
+    accuracy = measured_accuracy(folder, options.weights)
+    try:
+        model = load_weights(weights, len(classes)).eval()
+    except ValueError as error:
+        raise UserError(f"{error}: put a copy there, or export another with --weights") from None
     print(options)
 
-    model = load_weights(weights, len(classes)).eval()
     print("Tracing model on device: cpu")
     traced = trace(model, config.val_px)
     print(traced.graph)
@@ -155,9 +171,9 @@ def main() -> None:
         "std": list(STD),
         "resize_rule": RESIZE_RULE,
         "weights": options.weights,
-        **measured_accuracy(folder, options.weights),
+        **accuracy,
     }
-    for target in (folder / "export", Path(options.app_folder)):
+    for target in targets:
         write_export(target, content, metadata, examples)
         print(f"wrote {target / 'model.pt'}, model.json and examples/")
 
@@ -179,7 +195,10 @@ def show_predictions(
 
 def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
     """Epoch of the weights and the validation accuracy that the trainer measured."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    if not rows:
+        raise UserError(f"no epoch has finished yet: {path} is missing or empty")
     row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
     return {key: row[key] for key in ("epoch", "val_top1", "val_top5", "val_images")}
 

@@ -5,8 +5,8 @@
     python3 trainer.py --max-lr-from-finder           trains with the suggestion
 
 The LR range test (Smith, arXiv 1506.01186) with the trainer's own step, images and settings. The
-rate grows by the same factor from step to step; the test ends early once the loss has left its
-lowest value far below. Writes lr_finder.json and lr_finder.png into runs/<name>/ and touches
+rate grows by the same factor from step to step; the test ends once the loss has risen again by
+half of what it had fallen. Writes lr_finder.json and lr_finder.png into runs/<name>/ and touches
 nothing else there.
 """
 
@@ -41,7 +41,7 @@ matplotlib.use("Agg")  # draws into files, needs no screen
 from matplotlib import pyplot
 
 SMOOTHING = 0.9  # weight of the past in the moving average of the loss
-DIVERGED = 3.0  # times the lowest smoothed loss
+NOISE = 0.05  # less than this share of the first loss is neither a fall nor a rise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FinderOptions:
     """learning rate of the first step"""
     last_lr: float = 10.0
     """learning rate of the last step"""
-    steps: int = 200
+    steps: int = 100
     """steps of the whole range"""
 
 
@@ -77,31 +77,35 @@ def range_test(
         rates.append(rate)
         losses.append(loss)
         smoothed.append(average / (1 - SMOOTHING ** (step + 1)))  # of a start at zero, corrected
-        if smoothed[-1] > DIVERGED * min(smoothed):
+        if diverged(smoothed):
             break
     bar.close()
     return rates, losses, smoothed
 
 
-def suggest(rates: list[float], smoothed: list[float]) -> float:
-    """The rate at which the smoothed loss falls fastest against the logarithm of the rate.
+def diverged(smoothed: list[float]) -> bool:
+    """Whether the loss has risen from its lowest value by half of what it had fallen until there.
 
-    Only the stretch up to the lowest loss counts, less its first tenth, where the average still
-    settles. Raises UserError where the loss never falls.
+    No multiple of the lowest loss would do: BatchNorm lets a network survive any rate, at a loss
+    little above that of guessing, from which it may fall again at absurd rates.
+    """
+    start, lowest = smoothed[0], min(smoothed)
+    return smoothed[-1] > lowest + max(0.5 * (start - lowest), NOISE * start)
+
+
+def suggest(rates: list[float], smoothed: list[float]) -> float:
+    """The rate at which the smoothed loss is lowest: the largest one that still trains.
+
+    OneCycle takes a third of the run to climb to its peak and leaves it at once, so it bears what
+    a fresh network just bears (Smith and Topin, arXiv 1708.07120). Raises UserError where the loss
+    never falls.
     """
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    first = len(smoothed) // 10
-    # The slope over a few steps, since that of a single one is mostly noise.
-    reach = max(1, len(smoothed) // 20)
-    slopes = {
-        at: smoothed[at + reach] - smoothed[at - reach]
-        for at in range(first + reach, lowest - reach + 1)
-    }
-    if not slopes or min(slopes.values()) >= 0:
+    if smoothed[0] - smoothed[lowest] < NOISE * smoothed[0]:
         raise UserError(
             "the loss does not fall anywhere in this range: try a lower --first-lr or more --steps"
         )
-    return rates[min(slopes, key=slopes.__getitem__)]
+    return rates[lowest]
 
 
 def draw(
@@ -147,6 +151,7 @@ def main() -> None:
             "first rate must be above 0 and below the last, over at least 20 steps"
         )
     start_log(None)
+    trainer.choose_precision(config, trainer.choose_device(config))  # refused before any folder
     train_set, _, _ = data.open_images(config)
     folder = run_folder(config.runs_folder, config.name)
     checkpoint.prepare_folder(folder, trainer.WEIGHTS_BYTES)

@@ -3,6 +3,7 @@
 python3 model.py        prints the layer table at 3x224x224: 174 rows, 25,557,032 parameters
 """
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,7 +32,19 @@ class ResNet50Wrapper(torch.nn.Module):
 
 
 def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
-    """A model with the weights of a file, which bear torchvision's own names; on the CPU."""
+    """A model with the weights of a file, which bear torchvision's own names; on the CPU.
+
+    Raises ValueError if the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:  # its checksums, at which PyTorch does not look
+            damaged = file.testzip() is not None
+    except OSError:
+        raise
+    except Exception:  # a broken archive raises errors of many kinds
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged: its content is not what was saved")
     model = ResNet50Wrapper(num_classes)
     model.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model

@@ -13,11 +13,6 @@ result.json. The same command again goes on where the run was. Exit code 75 says
 stopped it with everything saved.
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C in the slow imports: no traceback; run_stage takes it back
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import contextlib
 import dataclasses
 import math

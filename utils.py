@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -158,7 +157,7 @@ RECIPES: dict[str, Config] = {
         val_folder_name="data/digits/val",
         epochs=12,
         batch_size=32,
-        max_lr=0.02,
+        max_lr=0.03,
         weight_decay=5e-4,
         train_px=64,
         val_px=64,
@@ -272,7 +271,6 @@ def check_config(config: Config) -> None:
 def run_stage(main: Callable[[], None]) -> None:
     """Call a stage's main; a mistake of its user ends it with one line on stderr, no traceback."""
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except UserError as error:
         _end(str(error), error.exit_code)

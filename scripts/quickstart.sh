@@ -17,7 +17,7 @@ say "3/6 learning rate"
 if [ -f runs/quickstart/lr_finder.json ]; then
     echo "found before: runs/quickstart/lr_finder.json"
 else
-    "$python" lr_finder.py --recipe quickstart
+    "$python" lr_finder.py --recipe quickstart --steps 60
 fi
 
 say "4/6 training"

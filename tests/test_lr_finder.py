@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,27 @@ from utils import UserError
 
 
 def valley(rates: list[float]) -> list[float]:
-    """A smoothed loss that falls around 0.03, fastest there, and explodes above 1."""
-    return [2.3 - 2 / (1 + (0.03 / rate) ** 2) + rate**3 for rate in rates]
+    """A smoothed loss that falls from 2.3, is lowest at 0.1, and explodes above 1."""
+    return [2.3 - 1.8 / (1 + (0.02 / rate) ** 2) + 2 * rate**2 for rate in rates]
 
 
 RATES = [1e-4 * 10 ** (5 * step / 199) for step in range(200)]
 
 
-def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
-    assert 0.02 < lr_finder.suggest(RATES, valley(RATES)) < 0.045
-    noise = random.Random(0)
-    noisy = [loss + noise.gauss(0, 0.005) for loss in valley(RATES)]
-    assert 0.01 < lr_finder.suggest(RATES, noisy) < 0.09
+def test_the_suggestion_is_where_the_loss_is_lowest() -> None:
+    losses = valley(RATES)
+    assert lr_finder.suggest(RATES, losses) == RATES[losses.index(min(losses))]
+    assert 0.08 < lr_finder.suggest(RATES, losses) < 0.12
+
+
+def test_the_test_ends_once_the_loss_has_risen_by_half_of_its_fall() -> None:
+    losses = valley(RATES)
+    ends = [lr_finder.diverged(losses[: step + 1]) for step in range(200)]
+    end = ends.index(True)
+    lowest = min(losses)
+    assert losses[end - 1] <= lowest + (losses[0] - lowest) / 2 < losses[end]
+    assert not lr_finder.diverged([2.30, 2.35, 2.25, 2.34])  # noise
+    assert lr_finder.diverged([2.30, 2.35, 2.50])  # never fell
 
 
 @pytest.mark.parametrize("losses", [[2.3] * 200, [2.3 + rate for rate in RATES]])

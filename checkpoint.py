@@ -8,6 +8,7 @@ back to the generation before.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import io
 import re
@@ -16,7 +17,7 @@ import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,7 +31,7 @@ _NAME = re.compile(rf"epochs-(\d{{3,}})-step-(\d{{8,}})-([0-9a-f]{{{HASH_DIGITS}
 def encode(state: Any) -> bytes:
     """A value as the bytes that torch.load reads; tensors of any device."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_on_cpu(state), buffer)  # a file with tensors of a GPU opens only where there is one
     return buffer.getvalue()
 
 
@@ -43,8 +44,11 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     digest = hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
     path = folder / f"epochs-{len(state['history']):03d}-step-{state['step']:08d}-{digest}.pt"
     write_atomically(path, content)
-    for old in _generations(folder)[GENERATIONS_KEPT:]:
-        old.unlink(missing_ok=True)
+    # What seems newer is damaged, or it would have been loaded.
+    found = _generations(folder)
+    kept = found[found.index(path) :][:GENERATIONS_KEPT]
+    for other in set(found) - set(kept):
+        other.unlink(missing_ok=True)
     for leftover in folder.glob(".epochs-*.tmp"):  # of a process that was killed while saving
         leftover.unlink(missing_ok=True)
     return path
@@ -91,7 +95,7 @@ class BackgroundSaver:
     def save(self, state: dict[str, Any]) -> None:
         """Start to save; waits for the save before it and raises what that one ran into."""
         self.wait()
-        self._underway = self._thread.submit(save, self.folder, _copy(state))
+        self._underway = self._thread.submit(save, self.folder, _on_cpu(state, copy=True))
 
     def wait(self) -> None:
         """Return once the last checkpoint is on the disk; raises OSError if it could not be."""
@@ -100,14 +104,14 @@ class BackgroundSaver:
             underway.result()
 
 
-def _copy(value: Any) -> Any:
-    """The same nested dicts and lists with copies of their tensors, in the CPU's memory."""
+def _on_cpu(value: Any, copy: bool = False) -> Any:
+    """The same nested dicts and lists with their tensors on the CPU, as copies if asked."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: _on_cpu(item, copy) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copy(item) for item in value)
+        return type(value)(_on_cpu(item, copy) for item in value)
     return value
 
 
@@ -138,6 +142,22 @@ def prepare_folder(folder: Path, weights_bytes: int) -> None:
             "another --runs-folder"
         )
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Keep a run's folder to this process until the file is closed, or the process ends somehow.
+
+    Raises UserError if another process trains there.
+    """
+    file = open(folder / ".lock", "ab")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"another process trains in {folder}: wait for its end, or take another --name"
+        ) from None
+    return file
 
 
 def check_settings(state: dict[str, Any], config: Config) -> None:

@@ -145,23 +145,22 @@ def find_bad_images(image_set: ImageSet, workers: int, decode_all: bool) -> dict
     image at all; a file that looks odd is decoded, and with `decode_all` every file is.
     """
 
-    def reason(index: int) -> str | None:
-        path = image_set.path(index)
-        try:
-            if decode_all or not _looks_whole(path):
-                decode(path.read_bytes())
-        except (ValueError, OSError) as error:
-            return str(error)
-        return None
+    def check(start: int) -> dict[str, str]:
+        bad = {}
+        for index in range(start, min(start + block, len(image_set.files))):
+            path = image_set.path(index)
+            try:
+                if decode_all or not _looks_whole(path):
+                    decode(path.read_bytes())
+            except (ValueError, OSError) as error:
+                bad[image_set.files[index]] = str(error)
+        return bad
 
+    block = 100  # files a task: a task for each would take a gigabyte for ImageNet
     pool = ThreadPoolExecutor(max(1, workers), "check")
     try:
-        reasons = pool.map(reason, range(len(image_set.files)))
-        return {
-            file: text
-            for file, text in zip(image_set.files, reasons, strict=True)
-            if text is not None
-        }
+        blocks = pool.map(check, range(0, len(image_set.files), block))
+        return {file: reason for bad in blocks for file, reason in bad.items()}
     finally:
         pool.shutdown(cancel_futures=True)  # a user who interrupts waits for no further file
 
@@ -228,12 +227,9 @@ def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
     first = ""
     for part, image_set in parts.items():
         started = time.monotonic()
+        log.info("checking %s files in %s", f"{len(image_set.files):,}", image_set.folder)
         bad = find_bad_images(image_set, config.workers, decode_all=config.skip_bad_images)
-        log.info(
-            "checked %s files in %s in %s",
-            f"{len(image_set.files):,}", image_set.folder,
-            format_duration(time.monotonic() - started),
-        )  # fmt: skip
+        log.info("checked in %s", format_duration(time.monotonic() - started))
         for file, reason in bad.items():
             log.info("cannot be read: %s (%s)", image_set.folder / file, reason)
             first = first or f"{image_set.folder / file} ({reason})"
@@ -258,14 +254,20 @@ def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
     the fast decoder refuses) goes through Pillow at full size. Raises ValueError or OSError for
     what cannot be read.
     """
-    if plain_jpeg_size(data) is not None:
-        try:
-            return simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width)
-        except ValueError as error:
-            if "Premature end" in str(error):
-                raise  # cut short, or zeros to its end: Pillow may take what is missing for grey
-            # Pillow knows which other slips of encoders are harmless, and refuses the rest.
-    return decode_with_pillow(data)
+    if plain_jpeg_size(data) is None:
+        return decode_with_pillow(data)
+    return _decode_plain_jpeg(data, min_height, min_width)
+
+
+def _decode_plain_jpeg(data: bytes, min_height: int, min_width: int) -> np.ndarray:
+    """`decode` for a file that has a plain_jpeg_size."""
+    try:
+        return simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width)
+    except ValueError as error:
+        if "Premature end" in str(error):
+            raise  # cut short, or zeros to its end: Pillow may take what is missing for grey
+        # Pillow knows which other slips of encoders are harmless, and refuses the rest.
+        return decode_with_pillow(data)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -322,7 +324,8 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16 bits a grey value; Pillow's own conversion would clip instead of scale.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
@@ -377,20 +380,16 @@ def random_crop(
 def fill_train(config: Config, epoch: int, data: bytes, index: int, out: np.ndarray) -> None:
     """Write the training crop of an encoded image into `out`, uint8 (px, px, 3)."""
     px = out.shape[0]
-    picture = None
     size = plain_jpeg_size(data)
-    if size is None:
-        picture = decode_with_pillow(data)
-        size = picture.shape[:2]
-    height, width = size
+    picture = decode_with_pillow(data) if size is None else None
+    height, width = size or picture.shape[:2]
     top, left, crop_height, crop_width, mirrored = random_crop(
         config.seed, epoch, index, height, width, config.crop_min_scale
     )
     if picture is None:
         # At this scale the crop is still at least px x px, or the picture is at full size.
-        picture = decode(
-            data, math.ceil(height * px / crop_height), math.ceil(width * px / crop_width)
-        )
+        least = math.ceil(height * px / crop_height), math.ceil(width * px / crop_width)
+        picture = _decode_plain_jpeg(data, *least)
     # The crop on the picture as it was decoded: at so many eighths, its size rounded up.
     scale = round(8 * max(picture.shape[:2]) / max(height, width)) / 8
     top, bottom = round(top * scale), round((top + crop_height) * scale)
@@ -449,7 +448,10 @@ def batches(
             try:
                 fill(image_set.path(index).read_bytes(), index, out)
             except (ValueError, OSError, cv2.error) as error:
-                raise UserError(f"cannot read {image_set.path(index)}: {error}") from error
+                raise UserError(
+                    f"cannot read {image_set.path(index)} ({error}): put a good copy there and "
+                    "give the same command again, or begin another run with --skip-bad-images"
+                ) from error
 
     starts = range(first_batch * batch_size, len(order), batch_size)
     pool = ThreadPoolExecutor(workers, "decode") if workers else None

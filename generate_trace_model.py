@@ -200,6 +200,9 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
     if not rows:
         raise UserError(f"no epoch has finished yet: {path} is missing or empty")
     row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
+    result = read_json(folder / "result.json")
+    if weights == "best" and result is not None and result["epoch"] == row["epoch"]:
+        row = result  # the last evaluation: these weights, in fp32 as they are served
     return {key: row[key] for key in ("epoch", "val_top1", "val_top5", "val_images")}
 
 

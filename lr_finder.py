@@ -21,7 +21,6 @@ from pathlib import Path
 import matplotlib
 import tqdm
 
-import checkpoint
 import data
 import trainer
 from utils import (
@@ -29,6 +28,7 @@ from utils import (
     ConfigOptions,
     UserError,
     check_config,
+    check_writable,
     log,
     parse_options,
     run_folder,
@@ -41,7 +41,9 @@ matplotlib.use("Agg")  # draws into files, needs no screen
 from matplotlib import pyplot
 
 SMOOTHING = 0.9  # weight of the past in the moving average of the loss
-NOISE = 0.05  # less than this share of the first loss is neither a fall nor a rise
+SETTLING = 10  # steps until the moving average means something
+RISE = 0.1  # share of the loss by which it must at least rise to have diverged
+FALL = 0.02  # share of the loss by which it must at least fall to suggest anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +85,21 @@ def range_test(
     return rates, losses, smoothed
 
 
+def lowest_step(smoothed: list[float]) -> int:
+    """The step at which the smoothed loss is lowest, once it means something."""
+    return min(range(SETTLING, len(smoothed)), key=smoothed.__getitem__)
+
+
 def diverged(smoothed: list[float]) -> bool:
     """Whether the loss has risen from its lowest value by half of what it had fallen until there.
 
     No multiple of the lowest loss would do: BatchNorm lets a network survive any rate, at a loss
     little above that of guessing, from which it may fall again at absurd rates.
     """
-    start, lowest = smoothed[0], min(smoothed)
-    return smoothed[-1] > lowest + max(0.5 * (start - lowest), NOISE * start)
+    if len(smoothed) <= SETTLING:
+        return False
+    start, lowest = smoothed[SETTLING], smoothed[lowest_step(smoothed)]
+    return smoothed[-1] > lowest + max(0.5 * (start - lowest), RISE * start)
 
 
 def suggest(rates: list[float], smoothed: list[float]) -> float:
@@ -100,8 +109,10 @@ def suggest(rates: list[float], smoothed: list[float]) -> float:
     a fresh network just bears (Smith and Topin, arXiv 1708.07120). Raises UserError where the loss
     never falls.
     """
-    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    if smoothed[0] - smoothed[lowest] < NOISE * smoothed[0]:
+    if len(smoothed) <= SETTLING:
+        raise UserError("the loss is no number from the first steps on: try a lower --first-lr")
+    lowest = lowest_step(smoothed)
+    if smoothed[lowest] > (1 - FALL) * smoothed[SETTLING]:
         raise UserError(
             "the loss does not fall anywhere in this range: try a lower --first-lr or more --steps"
         )
@@ -154,7 +165,8 @@ def main() -> None:
     trainer.choose_precision(config, trainer.choose_device(config))  # refused before any folder
     train_set, _, _ = data.open_images(config)
     folder = run_folder(config.runs_folder, config.name)
-    checkpoint.prepare_folder(folder, trainer.WEIGHTS_BYTES)
+    check_writable(folder, "--runs-folder")
+    folder.mkdir(parents=True, exist_ok=True)
     run = trainer.new_run(config, len(train_set.classes))
     on_gpu = run.device.type == "cuda"
     # As many epochs as it takes, one after another.
@@ -166,6 +178,7 @@ def main() -> None:
     ) as batches:
         rates, losses, smoothed = range_test(run, batches, options)
     suggestion = suggest(rates, smoothed)
+    draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
     write_json(
         folder / "lr_finder.json",
         {
@@ -178,7 +191,6 @@ def main() -> None:
             "smoothed_loss": smoothed,
         },
     )
-    draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
     log.info("suggested max_lr: %.3g (%s)", suggestion, folder / "lr_finder.png")
     log.info(
         "train with it: python3 trainer.py --recipe %s --name %s --max-lr-from-finder",

@@ -15,6 +15,7 @@ stopped it with everything saved.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import platform
@@ -100,7 +101,8 @@ class Run:
         """Go back to where a checkpoint was saved."""
         self.model.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():  # it is off in fp32 and bf16
+            self.scaler.load_state_dict(state["scaler"])
         for name, total in self.totals.items():
             total.copy_(state["totals"][name])
         for name in ("step", "history", "epoch_s", "elapsed_s"):
@@ -229,6 +231,10 @@ def train_epoch(
             if now - saved_at >= 60 * config.checkpoint_minutes:
                 save()
                 saved_at = now
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()  # the steps still under way belong to this epoch's time
+        run.epoch_s += time.monotonic() - clock
+        run.elapsed_s += time.monotonic() - clock
 
 
 class Progress:
@@ -355,12 +361,16 @@ def total_epochs(config: Config) -> int:
     return config.epochs + config.extra_epochs
 
 
-def settle(config: Config) -> Config:
-    """The settings, checked, with max_lr taken from the LR finder where that was asked for."""
-    check_config(config)
+def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> Config:
+    """The settings with the LR finder's max_lr, where that was asked for.
+
+    A run that has begun keeps the one that it began with, whatever was found since.
+    """
     if not config.max_lr_from_finder:
         return config
-    path = run_folder(config.runs_folder, config.name) / "lr_finder.json"
+    if state is not None:
+        return dataclasses.replace(config, max_lr=state["config"]["max_lr"])
+    path = folder / "lr_finder.json"
     found = read_json(path)
     rate = found.get("suggested_max_lr") if isinstance(found, dict) else None
     if not isinstance(rate, int | float):
@@ -411,6 +421,10 @@ def new_run(config: Config, num_classes: int) -> Run:
         weight_decay=config.weight_decay,
         fused=True,  # one pass over the weights instead of four
     )
+    # The fused step may skip its first call, when fp16 overflows, and would leave the momentum as
+    # it found the memory.
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return Run(model, optimizer, scaler, device, precision, new_totals(device))
 
@@ -425,10 +439,11 @@ def say_if_finished(folder: Path, config: Config, state: dict[str, Any]) -> bool
     result = read_json(folder / "result.json")
     if result is None or result["epochs"] != epochs:
         return False
+    extend = "" if config.extra_epochs else " To extend it: add --extra-epochs N, once."
     log.info(
-        "run %s is finished: %d epochs, %.2f %% top-1 with the weights of epoch %d. To extend it: "
-        "the same command with --extra-epochs N. To repeat it: --name ANOTHER, or remove %s",
-        config.name, epochs, result["val_top1"], result["epoch"], folder,
+        "run %s is finished: %d epochs, %.2f %% top-1 with the weights of epoch %d.%s To repeat "
+        "it: --name ANOTHER, or remove %s",
+        config.name, epochs, result["val_top1"], result["epoch"], extend, folder,
     )  # fmt: skip
     return True
 
@@ -461,13 +476,16 @@ def dry_run(run: Run, config: Config, train_set: data.ImageSet, val_set: data.Im
     on_gpu = run.device.type == "cuda"
     run.model.train()
     batches = data.to_device(data.train_batches(train_set, config, epoch=0, pin=on_gpu), run.device)
-    seconds = []  # of a step; the first ones warm up
+    ends = [time.monotonic()]  # of the steps
     with contextlib.closing(batches):
-        for _, (images, labels) in zip(range(min(8, steps)), batches, strict=False):
-            started = time.monotonic()
+        for _, (images, labels) in zip(range(min(12, steps)), batches, strict=False):
             train_step(run, images, labels, learning_rate(config, run.step, steps)).item()
-            seconds.append(time.monotonic() - started)
-    step_s = sorted(seconds)[len(seconds) // 2]
+            ends.append(time.monotonic())
+    # From one end to the next, which is what the model or the loader takes, whichever is slower;
+    # the first half warms up, and has batches that were ready before.
+    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    seconds = seconds[len(seconds) // 2 :]
+    step_s = sum(seconds) / len(seconds)
     # A validation image costs about a third of a training image: there is no backward pass.
     epoch_s = step_s * (steps + len(val_set.files) / config.batch_size / 3)
     whole_s = total_epochs(config) * epoch_s
@@ -476,7 +494,7 @@ def dry_run(run: Run, config: Config, train_set: data.ImageSet, val_set: data.Im
     else:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     log.info(
-        "estimate from %d steps: %.3f s a step (%.0f img/s), %s an epoch, %s for %d epochs, "
+        "estimate from %d timed steps: %.3f s a step (%.0f img/s), %s an epoch, %s for %d epochs, "
         "%.1f GB of %s memory, $%.2f at $%.2f an hour",
         len(seconds), step_s, config.batch_size / step_s, format_duration(epoch_s),
         format_duration(whole_s), total_epochs(config), peak_bytes / 1e9,
@@ -512,9 +530,13 @@ def report(
     interrupted: threading.Event,
 ) -> None:
     """Evaluate the best weights once more, as read from the disk and in fp32; write result.json."""
-    model = load_weights(folder / "best.pt", len(val_set.classes))
+    try:
+        model = load_weights(folder / "best.pt", len(val_set.classes))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{error}: the last evaluation needs it", EXIT_FAILED) from None
     model = model.to(run.device, memory_format=torch.channels_last)
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
+    torch.backends.cudnn.allow_tf32 = False  # which a GPU would otherwise take for fp32
     val = evaluate(model, val_batches, run.device, "fp32", interrupted)
     best = max(run.history, key=lambda row: row["val_top1"])  # the first of equals, as saved
     price = config.price_per_hour * run.elapsed_s / 3600
@@ -555,11 +577,12 @@ def main() -> None:
     """Train a run to its end, from wherever it stands."""
     options = parse_options(TrainerOptions, __doc__)
     start_log(None)
-    config = settle(options.config)
-    precision = choose_precision(config, choose_device(config))
-    folder = run_folder(config.runs_folder, config.name)
+    check_config(options.config)
+    choose_precision(options.config, choose_device(options.config))
+    folder = run_folder(options.config.runs_folder, options.config.name)
 
     state = None if options.dry_run else checkpoint.load_latest(folder / "checkpoints")
+    config = take_max_lr(options.config, folder, state)
     if state is not None:
         checkpoint.check_settings(state, config)
         if say_if_finished(folder, config, state):
@@ -575,6 +598,7 @@ def main() -> None:
         return
 
     checkpoint.prepare_folder(folder, WEIGHTS_BYTES)
+    lock = checkpoint.lock(folder)
     start_log(folder / "train.log")
     save_config(folder, config, train_set.classes, describe_hardware(run))
     describe_run(run, config, train_set, val_set, skipped)
@@ -582,11 +606,11 @@ def main() -> None:
         run.load(state)
         write_metrics(folder / "metrics.jsonl", run.history)
         log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
-        if state["precision"] != precision:
+        if state["precision"] != run.precision:
             log.warning("it began in %s: its results will differ a little", state["precision"])
 
     saver = checkpoint.BackgroundSaver(folder / "checkpoints")
-    identity = {"config": dataclasses.asdict(config), "images": images, "precision": precision}
+    identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
 
     def save() -> None:
         saver.save({**run.state(), **identity})
@@ -603,6 +627,7 @@ def main() -> None:
         report(run, config, folder, val_set, interrupted)
     except Interrupted:
         save()
+        saver.wait()
         log.info(
             "interrupted in epoch %d, everything is saved after step %d: the same command goes on",
             len(run.history) + 1, run.step,
@@ -614,6 +639,7 @@ def main() -> None:
         raise
     finally:
         saver.wait()
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ class Config:
     """write TensorBoard logs into the run's folder too"""
 
 
-# Settings that a resumed run may change: they do not touch what the model learns. Where the images
+# Settings that a resumed run may change: they do not touch what the model learns, but that another
+# device adds up in another order, and `auto` may choose another precision there. Where the images
 # lie is among them, since which images they are is compared by itself.
 FREE_SETTINGS = frozenset(
     {
@@ -137,7 +138,6 @@ FREE_SETTINGS = frozenset(
         "max_lr_from_finder",
         "device",
         "workers",
-        "skip_bad_images",
         "checkpoint_minutes",
         "log_interval_s",
         "price_per_hour",

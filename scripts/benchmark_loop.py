@@ -47,7 +47,10 @@ def main() -> None:
     train_set, _, _ = data.open_images(config)
     run = trainer.new_run(config, len(train_set.classes))
     run.model.train()
-    epochs = (data.train_batches(train_set, config, epoch) for epoch in itertools.count())
+    on_gpu = run.device.type == "cuda"
+    epochs = (
+        data.train_batches(train_set, config, epoch, pin=on_gpu) for epoch in itertools.count()
+    )
     # Whole batches only: the last one of an epoch may be smaller.
     whole = (
         batch
@@ -66,6 +69,7 @@ def main() -> None:
     with contextlib.closing(whole):
         _, batch = seconds(whole, 10)  # warms up
         for _ in range(options.blocks):
+            seconds(whole, 3)  # uses up what the loader had in stock
             loop_s, batch = seconds(whole, options.block_steps)
             # No batch may be prepared beside the bare step: let the loader fill its stock.
             time.sleep(1)

@@ -46,7 +46,8 @@ Next:
 
   python3 scripts/prepare_data.py imagenette data/imagenette
   python3 trainer.py --name imagenette --train-folder-name data/imagenette/train \
-      --val-folder-name data/imagenette/val --batch-size 64 --epochs 5 --max-lr 0.05
+      --val-folder-name data/imagenette/val --train-px 96 --val-px 96 --val-resize-px 110 \
+      --batch-size 64 --epochs 5 --max-lr 0.05 --price-per-hour 0
 
   python3 trainer.py --dry-run          ImageNet, in /mnt/data/imagenetdata/: time and price
   nohup python3 trainer.py > train.log 2>&1 &

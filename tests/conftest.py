@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the commands inherit it
 # One thread, since the tests themselves are the parallelism; no GPU, even where there is one.
-COMMAND_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+COMMAND_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def make_images(

@@ -198,8 +198,8 @@ def expect_text(page: Page, text: str | re.Pattern[str]) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    assert executable, f"these tests need Chromium or Chrome: none of {names} is on the PATH"
+    found = [path for path in map(shutil.which, names) if path and not path.startswith("/snap/")]
+    executable = next(iter(found), None)  # None: the one that Playwright installed
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
             executable_path=executable, args=CHROMIUM_FLAGS, timeout=START_LIMIT_S * 1000

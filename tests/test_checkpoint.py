@@ -112,3 +112,22 @@ def test_settings_that_change_the_result_may_not_change() -> None:
     checkpoint.check_settings(began, Config(extra_epochs=5))
     with pytest.raises(UserError, match="extra_epochs was 5, is 6"):
         checkpoint.check_settings({"config": vars(Config(extra_epochs=5))}, Config(extra_epochs=6))
+
+
+def test_saving_after_a_damaged_checkpoint_keeps_the_whole_ones(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, make_state(5))
+    checkpoint.save(tmp_path, make_state(9)).write_bytes(b"damaged")
+    assert same(checkpoint.load_latest(tmp_path), make_state(5))
+    checkpoint.save(tmp_path, make_state(7))
+    assert sorted(path.name[:25] for path in tmp_path.iterdir()) == [
+        "epochs-000-step-00000005-",
+        "epochs-000-step-00000007-",
+    ]
+
+
+def test_a_run_belongs_to_one_process(tmp_path: Path) -> None:
+    first = checkpoint.lock(tmp_path)
+    with pytest.raises(UserError, match="another process trains in"):
+        checkpoint.lock(tmp_path)
+    first.close()
+    checkpoint.lock(tmp_path).close()

@@ -37,17 +37,10 @@ def quickstart(checkout: Path) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the files that git knows or would add, after one quickstart."""
+    """A copy of the repository without what its commands make, after one quickstart."""
     folder = tmp_path_factory.mktemp("quickstart") / "checkout"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, folder / name)
+    made = (".git", ".venv", "runs", "data", "examples", ".*_cache", "__pycache__")
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(*made))
     # The packages are there already: the tests run on them.
     (folder / ".venv").symlink_to(sys.prefix, target_is_directory=True)
     (folder / "first.log").write_text(quickstart(folder))

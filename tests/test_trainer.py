@@ -320,3 +320,13 @@ def test_precision_and_device_are_chosen_by_what_is_there(monkeypatch: pytest.Mo
     for flags, expected in (("flags: sse avx512_bf16", "bf16"), ("flags: sse avx2", "fp32")):
         monkeypatch.setattr(Path, "read_text", lambda _, flags=flags: flags)
         assert trainer.choose_precision(Config(), cpu) == expected
+
+
+def test_a_run_begun_on_a_gpu_goes_on_without_loss_scaling(settings: dict[str, object]) -> None:
+    run = trainer.new_run(Config(**settings), 3)
+    state = run.state()
+    state["scaler"] = torch.amp.GradScaler("cpu", enabled=True).state_dict()
+    run.load(state)
+    assert run.state()["scaler"] == {}
+    scaled = dataclasses.replace(run, scaler=torch.amp.GradScaler("cpu", enabled=True))
+    scaled.load(run.state())  # and the other way round

@@ -1,6 +1,7 @@
 """What the test files share: tiny images, and the stages started as a user starts them."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# What a script starts in the background does not hear Ctrl-C; the commands shall all the same.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the commands inherit it
 # One thread, since the tests themselves are the parallelism; no GPU, even where there is one.
 COMMAND_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -403,7 +403,10 @@ def test_ctrl_c_during_the_check_of_the_images_ends_it_at_once(folder: Path) -> 
         if "checked in" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    try:
+        _, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert (process.returncode, stderr) == (75, "error: interrupted\n")
     assert not (folder / "runs").exists()
 

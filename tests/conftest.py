@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -59,3 +60,8 @@ def run_stage_command(
         text=True,
         check=False,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that the other process has work until it ends."""
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")

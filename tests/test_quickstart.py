@@ -18,7 +18,8 @@ from test_app import browser, expect_answer, expect_text, open_page, start_app, 
 
 assert browser  # a fixture that the tests below ask for by its name
 
-pytestmark = pytest.mark.timeout(1200)
+# In one process, for the one run that all of them look at.
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("quickstart")]
 
 
 def quickstart(checkout: Path) -> str:

@@ -26,4 +26,4 @@ fi
 "$bin/ruff" format --check .
 "$bin/shellcheck" scripts/*.sh .ci/run
 # A process a core, each with one thread: two processes of two threads would wait for each other.
-exec env OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --dist loadgroup "$@"
+exec env OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --dist worksteal "$@"

@@ -18,9 +18,6 @@ from test_app import browser, expect_answer, expect_text, open_page, start_app, 
 
 assert browser  # a fixture that the tests below ask for by its name
 
-# In one process, for the one run that all of them look at.
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("quickstart")]
-
 
 def quickstart(checkout: Path) -> str:
     done = subprocess.run(
@@ -36,7 +33,7 @@ def quickstart(checkout: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the repository without what its commands make, after one quickstart."""
     folder = tmp_path_factory.mktemp("quickstart") / "checkout"
@@ -49,7 +46,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_it_ends_with_97_percent_and_everything_in_the_run_folder(checkout: Path) -> None:
+def check_result_and_files(checkout: Path) -> None:
     run = checkout / "runs/quickstart"
     result = json.loads((run / "result.json").read_text())
     assert result["val_images"] == 355
@@ -76,7 +73,7 @@ def test_it_ends_with_97_percent_and_everything_in_the_run_folder(checkout: Path
         assert noise not in output
 
 
-def test_a_second_time_trains_nothing(checkout: Path) -> None:
+def check_a_second_time_trains_nothing(checkout: Path) -> None:
     kept = [
         path
         for folder in ("data", "runs/quickstart/checkpoints")
@@ -90,7 +87,7 @@ def test_a_second_time_trains_nothing(checkout: Path) -> None:
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
-def test_the_app_reads_digits_and_refuses_what_is_none(
+def check_the_app_reads_digits_and_refuses_what_is_none(
     checkout: Path, browser: Browser, tmp_path: Path
 ) -> None:
     run = checkout / "runs/quickstart"
@@ -106,3 +103,11 @@ def test_the_app_reads_digits_and_refuses_what_is_none(
         expect_text(page, "letter.jpg is not a picture that can be read. Try a JPEG, PNG or WebP")
         examples = page.locator("button.gallery-item")
         assert examples.count() == 6
+
+
+@pytest.mark.timeout(1200)
+def test_the_whole_path(checkout: Path, browser: Browser, tmp_path: Path) -> None:
+    """One test, since one run takes minutes."""
+    check_result_and_files(checkout)
+    check_the_app_reads_digits_and_refuses_what_is_none(checkout, browser, tmp_path)
+    check_a_second_time_trains_nothing(checkout)

@@ -301,14 +301,12 @@ FOLDERS = {
 
 @pytest.mark.parametrize(("spoil", "texts"), **by_id(FOLDERS))
 def test_wrong_folders_are_refused(
-    spoil: Callable[[Path], None],
-    texts: list[str],
-    folder: Path,
-    check_refused_here: Callable[..., None],
+    spoil: Callable[[Path], None], texts: list[str], folder: Path
 ) -> None:
     spoil(folder / "images")
     before = tree(folder)
-    check_refused_here(command("trainer.py", folder), *texts)
+    done = train(folder)
+    check_refused(done.returncode, done.stderr, *texts)
     assert tree(folder) == before
 
 
@@ -320,10 +318,11 @@ BATCHES = {
 
 @pytest.mark.parametrize(("size", "texts"), **by_id(BATCHES))
 def test_a_batch_size_that_does_not_fit_is_refused(
-    size: int, texts: list[str], folder: Path, check_refused_here: Callable[..., None]
+    size: int, texts: list[str], folder: Path
 ) -> None:
     before = tree(folder)
-    check_refused_here(command("trainer.py", folder, "--batch-size", size), *texts)
+    done = train(folder, "--batch-size", size)
+    check_refused(done.returncode, done.stderr, *texts)
     assert tree(folder) == before
 
 

@@ -1,0 +1,481 @@
+"""Image files on the disk: which there are, and the picture that each one shows.
+
+A data set is a folder of class folders, as ImageNet is usually laid out
+(`train/n01440764/a.JPEG`), or a store: all pictures in one file, made by
+`scripts/prepare_data.py pack`. Both are an `ImageSet`: names in a fixed order, labels, and the
+encoded bytes of image number i.
+
+A folder's listing is kept in it as `.image_index.npz` once its files were checked, so that the next
+start reads one file instead of opening 1.3 million; it is made anew when a class folder changes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import os
+import struct
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from store import Store, open_store
+from utils import Config, UserError, format_duration, log, write_atomically
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+# What an EXIF orientation asks for; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# ------------------------------------------------------------------------------ the set of images
+
+
+INDEX_NAME = ".image_index.npz"
+INDEX_VERSION = 1
+# How thoroughly a folder's files have been looked at.
+NOT_CHECKED, LOOKED_WHOLE, DECODED = 0, 1, 2
+
+Encoded = tuple[bytes | memoryview, tuple[int, int] | None]  # a file, and its plain_jpeg_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """The training or the validation images, in a fixed order: by class, then by name."""
+
+    folder: Path  # of class folders; in a store, its part: imagenet.zip/train
+    classes: tuple[str, ...]  # names of the class folders, sorted; a label is a position in here
+    names: bytes | memoryview  # "class/name" of each image, joined by newlines: 40 MB for ImageNet
+    labels: np.ndarray  # int64, (number of images,)
+    store: Store | None = None  # where the images lie if not in files of their own
+    positions: np.ndarray | None = None  # of the images in the store, int64
+    checked: int = NOT_CHECKED
+    class_times_ns: tuple[int, ...] = ()  # when the class folders had last changed when listed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def files(self) -> tuple[str, ...]:
+        """ "class/name" of every image; made when asked for, since ImageNet's take 150 MB."""
+        return tuple(os.fsdecode(bytes(self.names)).split("\n")) if self.names else ()
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        newlines = np.flatnonzero(np.frombuffer(self.names, dtype=np.uint8) == ord("\n"))
+        return np.append(newlines, len(self.names))
+
+    def file(self, index: int) -> str:
+        """ "class/name" of image `index`."""
+        start = self._ends[index - 1] + 1 if index else 0
+        return os.fsdecode(bytes(self.names[start : self._ends[index]]))
+
+    def path(self, index: int) -> Path:
+        """Path of image `index`; in a store, what it would be if the store were a folder."""
+        return self.folder / self.file(index)
+
+    def read(self, index: int) -> Encoded:
+        """The bytes of image `index`, and (height, width) where the fast decoder may have them.
+
+        Raises ValueError or OSError if they cannot be read, or are not those that were packed.
+        """
+        if self.store is None:
+            start = self._ends[index - 1] + 1 if index else 0
+            name = self.names[start : self._ends[index]]
+            with open(os.path.join(self._folder_name, name), "rb", buffering=0) as file:
+                data = file.read()
+            return data, plain_jpeg_size(data)
+        position = int(self.positions[index])
+        data = self.store.read(position)
+        *_, height, width, _ = self.store.records.item(position)
+        return (data, (height, width)) if height else (bytes(data), None)
+
+    @functools.cached_property
+    def _folder_name(self) -> bytes:
+        return os.fsencode(self.folder)
+
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        """Have the kernel fetch images of a store that will soon be read, without waiting."""
+        if self.store is not None:
+            self.store.read_ahead(self.positions[indexes])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the names: tells a resumed run whether its images are still the same.
+
+        Where packing changed pictures, their checksums are a part of it: a store packed with
+        other settings holds other images.
+        """
+        digest = hashlib.sha256(self.names)
+        if self.store is not None and self.store.info["reencoded"]:
+            digest.update(self.store.records["crc32"][self.positions].tobytes())
+        return digest.hexdigest()
+
+    def without(self, bad_files: Iterable[str]) -> "ImageSet":
+        """The same set less some of its files; raises UserError if that empties a class."""
+        bad = set(bad_files)
+        if not bad:
+            return self
+        kept = [index for index, file in enumerate(self.files) if file not in bad]
+        labels = self.labels[kept]
+        emptied = np.flatnonzero(np.bincount(labels, minlength=len(self.classes)) == 0)
+        if len(emptied):
+            raise UserError(
+                f"no image in {self.folder / self.classes[emptied[0]]} can be read: mend some, or "
+                "remove the class from the training and the validation folder"
+            )
+        names = os.fsencode("\n".join(self.files[index] for index in kept))
+        positions = None if self.positions is None else self.positions[kept]
+        return dataclasses.replace(self, names=names, labels=labels, positions=positions)
+
+
+def open_image_set(folder_name: str, part: str) -> ImageSet:
+    """The images of a folder, or of a store's part, "train" or "val".
+
+    Raises UserError if there is none, a class is empty, or the store is not as it was packed.
+    """
+    folder = Path(folder_name)
+    if folder.is_file():
+        return _open_part(open_store(folder), part)
+    if not folder.is_dir():
+        raise UserError(
+            f"no folder or store {folder}: make a folder with `python3 scripts/prepare_data.py "
+            "digits data/digits` (small, no network; for --recipe quickstart) or `python3 "
+            "scripts/prepare_data.py imagenette data/imagenette`, and name it with "
+            "--train-folder-name and --val-folder-name"
+        )
+    classes = sorted(entry.name for entry in os.scandir(folder) if _is_class_folder(entry))
+    if not classes:
+        raise UserError(
+            f"{folder} has no class folders: the images are looked for in {folder}/<class>/"
+        )
+    times_ns = tuple(os.stat(folder / name).st_mtime_ns for name in classes)
+    names, counts, checked = _read_index(folder, classes, times_ns) or _list(folder, classes)
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return ImageSet(folder, tuple(classes), names, labels, checked=checked, class_times_ns=times_ns)
+
+
+def _list(folder: Path, classes: Sequence[str]) -> tuple[bytes, np.ndarray, int]:
+    """The images of the class folders: their names, and how many each class has."""
+    names: list[bytes] = []
+    counts = []
+    for name in classes:
+        images = image_names(folder / name)
+        if not images:
+            raise UserError(
+                f"class folder {folder / name} holds no image (such as a .jpg or .png): fill it or "
+                f"remove it; the images lie in {folder}/<class>/"
+            )
+        if any("\n" in file for file in (name, *images)):
+            raise UserError(f"a name in {folder / name} has a line break in it: rename it")
+        names.append(os.fsencode("\n".join(f"{name}/{image}" for image in images)))
+        counts.append(len(images))
+    return b"\n".join(names), np.array(counts), NOT_CHECKED
+
+
+def _open_part(store: Store, part: str) -> ImageSet:
+    """The training or the validation images of a store."""
+    first, end = store.parts[part]
+    if first == end:
+        raise UserError(f"{store.path} has no pictures under {part}/: pack a source that has some")
+    newlines = np.flatnonzero(np.frombuffer(store.names, dtype=np.uint8) == ord("\n"))
+    start = newlines[first - 1] + 1 if first else 0
+    return ImageSet(
+        store.path / part,
+        store.classes,
+        store.names[start : newlines[end - 1]],
+        store.records["label"][first:end].astype(np.int64),
+        store,
+        np.arange(first, end),
+        checked=DECODED,  # when it was packed; and each picture has a checksum
+    )
+
+
+def _read_index(
+    folder: Path, classes: Sequence[str], times_ns: Sequence[int]
+) -> tuple[bytes, np.ndarray, int] | None:
+    """What `_list` would find, as it was kept; None if nothing was, or a class folder changed."""
+    try:
+        with np.load(folder / INDEX_NAME, allow_pickle=False) as index:
+            if (
+                int(index["version"]) != INDEX_VERSION
+                or os.fsdecode(index["classes"].tobytes()).split("\n") != list(classes)
+                or index["class_times_ns"].tolist() != list(times_ns)
+            ):
+                return None
+            return index["names"].tobytes(), index["counts"], int(index["checked"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # there is none, or it is damaged: listing the folder makes another
+
+
+def _keep_index(image_set: ImageSet, checked: int) -> None:
+    """Keep a folder's listing in it, for the next start; a folder that may not be written in,
+    or is being changed, goes without."""
+    just_now_ns = time.time_ns() - 2 * 10**9  # a change within a tick of the clock leaves no trace
+    if not image_set.class_times_ns or max(image_set.class_times_ns) > just_now_ns:
+        return
+    content = io.BytesIO()
+    np.savez(
+        content,
+        version=INDEX_VERSION,
+        classes=np.frombuffer(os.fsencode("\n".join(image_set.classes)), dtype=np.uint8),
+        class_times_ns=np.array(image_set.class_times_ns),
+        names=np.frombuffer(image_set.names, dtype=np.uint8),
+        counts=np.bincount(image_set.labels),
+        checked=checked,
+    )
+    try:
+        write_atomically(image_set.folder / INDEX_NAME, content.getvalue())
+    except OSError as error:
+        log.info("no index is kept in %s: %s", image_set.folder, error.strerror)
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the image files in a folder, sorted; by their endings, whatever they hold."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith(".")
+    )
+
+
+def _is_class_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def check_same_classes(train: ImageSet, val: ImageSet) -> None:
+    """Refuse folders whose classes differ: labels are positions, so all later ones would shift."""
+    if train.classes == val.classes:
+        return
+    complaints = []
+    for has, lacks in ((train, val), (val, train)):
+        missing = sorted(set(has.classes) - set(lacks.classes))
+        if missing:
+            names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            verb = "is" if len(missing) == 1 else "are"
+            complaints.append(f"{names} {verb} missing under {lacks.folder}")
+    raise UserError(
+        f"{val.folder} has {len(val):,} images in {len(val.classes):,} classes, "
+        f"{train.folder} has {len(train.classes):,} classes: {'; '.join(complaints)}"
+    )
+
+
+def find_bad_images(image_set: ImageSet, workers: int, decode_all: bool) -> dict[str, str]:
+    """Files that cannot be read, with the reason.
+
+    Every file's first and last bytes are looked at, which finds what is empty, cut short or no
+    image at all; a file that looks odd is decoded, and with `decode_all` every file is.
+    """
+
+    def check(start: int) -> dict[str, str]:
+        bad = {}
+        for index in range(start, min(start + block, len(image_set))):
+            path = image_set.path(index)
+            try:
+                if decode_all or not _looks_whole(path):
+                    decode(path.read_bytes())
+            except (ValueError, OSError) as error:
+                bad[image_set.file(index)] = str(error)
+        return bad
+
+    block = 100  # files a task: a task for each would take a gigabyte for ImageNet
+    pool = ThreadPoolExecutor(max(1, workers), "check")
+    try:
+        blocks = pool.map(check, range(0, len(image_set), block))
+        return {file: reason for bad in blocks for file, reason in bad.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)  # a user who interrupts waits for no further file
+
+
+def _looks_whole(path: Path) -> bool:
+    """Whether a JPEG, PNG or WebP file has its beginning and its end; other formats never do."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        tail = file.read()
+    if head.startswith(b"\xff\xd8\xff"):
+        return b"\xff\xd9" in tail  # inside the picture's data, 0xff is never followed by 0xd9
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return b"IEND" in tail
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return size >= int.from_bytes(head[4:8], "little") + 8
+    return False
+
+
+def open_images(
+    config: Config, skipped: list[str] | None = None
+) -> tuple[ImageSet, ImageSet, list[str]]:
+    """Training set, validation set, and the files left out as unreadable: "train/class/name".
+
+    A resumed run passes the files that it left out at its beginning, and checks no file again.
+    Raises UserError for folders, classes or images that no run should be started on.
+    """
+    train_set = open_image_set(config.train_folder_name, "train")
+    val_set = open_image_set(config.val_folder_name, "val")
+    check_same_classes(train_set, val_set)
+    parts = {"train": train_set, "val": val_set}
+    if skipped is None:
+        skipped = check_files(config, parts)
+    # The two may have files of the same name, of which one is good.
+    train_set, val_set = (
+        image_set.without(
+            [file.removeprefix(f"{part}/") for file in skipped if file.startswith(f"{part}/")]
+        )
+        for part, image_set in parts.items()
+    )
+    images, size = len(train_set), config.batch_size
+    if images < size:
+        raise UserError(
+            f"batch_size is {size}, but {train_set.folder} has {images:,} images: use --batch-size "
+            f"{images} or less"
+        )
+    if images % size == 1:
+        sizes = itertools.chain(range(size - 1, 1, -1), range(size + 1, images + 1))
+        better = next(other for other in sizes if images % other != 1)
+        raise UserError(
+            f"with batch_size {size} the last batch of {images:,} training images would hold a "
+            f"single one, of which BatchNorm has no statistics: use --batch-size {better}"
+        )
+    return train_set, val_set, skipped
+
+
+def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
+    """Files that cannot be read, as "part/class/name", each told on the screen with the reason.
+
+    Raises UserError if there are any, unless the settings say to leave them out.
+    """
+    wanted = DECODED if config.skip_bad_images else LOOKED_WHOLE
+    skipped: list[str] = []
+    first = ""
+    for part, image_set in parts.items():
+        if image_set.checked >= wanted:
+            continue
+        started = time.monotonic()
+        log.info("checking %s files in %s", f"{len(image_set):,}", image_set.folder)
+        bad = find_bad_images(image_set, config.workers, decode_all=config.skip_bad_images)
+        log.info("checked in %s", format_duration(time.monotonic() - started))
+        if not bad:
+            _keep_index(image_set, wanted)
+        for file, reason in bad.items():
+            log.info("cannot be read: %s (%s)", image_set.folder / file, reason)
+            first = first or f"{image_set.folder / file} ({reason})"
+            skipped.append(f"{part}/{file}")
+    if skipped and not config.skip_bad_images:
+        images = sum(len(image_set) for image_set in parts.values())
+        raise UserError(
+            f"{len(skipped)} of {images:,} images cannot be read, listed above, the first {first}: "
+            "mend or remove them, or leave them out with --skip-bad-images"
+        )
+    return skipped
+
+
+# ------------------------------------------------------------------------------ one image
+
+
+def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
+    """The RGB picture that a person sees: uint8, (height, width, 3).
+
+    Plain JPEGs are decoded by simplejpeg, at the smallest DCT scale that is at least min_height x
+    min_width; 0 means full size. Everything else (PNG, WebP, CMYK, a JPEG that its EXIF data turns
+    or that the fast decoder refuses) goes through Pillow at full size. Raises ValueError or OSError
+    for what cannot be read.
+    """
+    if plain_jpeg_size(data) is None:
+        return decode_with_pillow(data)
+    return decode_plain_jpeg(data, min_height, min_width)
+
+
+def decode_plain_jpeg(
+    data: bytes | memoryview, min_height: int = 0, min_width: int = 0, fast: bool = False
+) -> np.ndarray:
+    """`decode` for a file that has a plain_jpeg_size.
+
+    `fast` takes libjpeg-turbo's less exact DCT and repeats colours instead of blending them: some
+    grey levels at edges of colour, for a tenth of the time.
+    """
+    try:
+        return simplejpeg.decode_jpeg(
+            data, fastdct=fast, fastupsample=fast, min_height=min_height, min_width=min_width
+        )
+    except ValueError as error:
+        if "Premature end" in str(error):
+            raise  # cut short, or zeros to its end: Pillow may take what is missing for grey
+        # Pillow knows which other slips of encoders are harmless, and refuses the rest.
+        return decode_with_pillow(bytes(data))
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that simplejpeg shows as a person sees it; None for other files."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):  # KeyError: a chroma subsampling that it has no name for
+        return None
+    # A size beyond reason is most likely a broken header: Pillow refuses it before it takes memory.
+    too_large = Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS
+    if too_large or colorspace in ("CMYK", "YCCK") or _is_turned(data):
+        return None
+    return height, width
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether EXIF data turns or mirrors the picture."""
+    if b"Exif\0\0" not in data:  # most files end here, some microseconds later
+        return False
+    try:
+        return _turn_upright(Image.open(io.BytesIO(data))) is not None
+    except (OSError, Image.DecompressionBombError):
+        return False  # decoding it will tell
+
+
+def _turn_upright(image: Image.Image) -> Image.Transpose | None:
+    """What brings a picture into the position that its EXIF data asks for.
+
+    Pillow's own exif_transpose rewrites that data, and fails where other parts of it are broken.
+    """
+    try:
+        return TURNS.get(image.getexif().get(0x0112))
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
+        return None  # Exif data that cannot be read turns nothing
+
+
+def decode_with_pillow(data: bytes) -> np.ndarray:
+    """Like `decode`, for any format that Pillow reads: transparency on white, first frame only."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            turn = _turn_upright(image)
+            return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
+    except Image.UnidentifiedImageError:
+        raise ValueError("not an image that can be read") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # Pillow answers broken files with SyntaxError, TypeError and more
+        raise ValueError(str(error)) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16 bits a grey value; Pillow's own conversion would clip instead of scale.
+        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")

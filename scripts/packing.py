@@ -10,6 +10,7 @@ its pictures. Archives are read where they lie; nothing is unpacked to the disk.
 import collections
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import lzma
@@ -38,6 +39,7 @@ LOG_INTERVAL_S = 10.0
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
 
 Read = Callable[[], bytes]  # called by a worker; raises ValueError or OSError
+Prepared = tuple[bytes, int, int, bool]  # encoded picture, height, width, whether it is new
 
 # ------------------------------------------------------------------------------ sources
 
@@ -57,7 +59,7 @@ class FolderSource:
     def contents(self, members: Sequence[int]) -> Iterator[Read]:
         """For each of `members`, positions in `names`, what reads it."""
         for member in members:
-            yield (self.path / self.names[member]).read_bytes
+            yield functools.partial(_read_file, os.path.join(self.path, self.names[member]))
 
 
 class ZipSource:
@@ -159,6 +161,11 @@ def open_source(path: Path) -> Source:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _read_file(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
 
 
 def _refuse(reason: str) -> bytes:
@@ -358,7 +365,7 @@ def read_labels(source: Source, path: Path | None) -> dict[str, str]:
 # ------------------------------------------------------------------------------ one picture
 
 
-def prepare(read: Read, max_side: int, quality: int) -> tuple[bytes, int, int, bool]:
+def prepare(read: Read, max_side: int, quality: int) -> Prepared:
     """A picture as the store holds it; raises ValueError or OSError if it cannot be decoded.
 
     Where its larger side is at most max_side, its bytes are kept, whatever the format. Else it
@@ -436,7 +443,8 @@ def add_pictures(
 ) -> list[tuple[str, str]]:
     """Pack the pictures that the store does not hold yet, in the order of the source.
 
-    Threads decode and encode; this one writes. At most a few pictures a thread are in memory.
+    Threads decode and encode; this one writes. A few dozen pictures are in memory, more where there
+    are more threads.
     Raises UserError if it is interrupted; what is written stays.
 
     Returns the name and the reason of each that cannot be read.
@@ -448,27 +456,35 @@ def add_pictures(
     underway: collections.deque = collections.deque()
     settings = writer.settings["max_side"], writer.settings["quality"]
 
+    def prepare_some(some: list[tuple[str, Read]]) -> list[tuple[str, Prepared | Exception]]:
+        results: list[tuple[str, Prepared | Exception]] = []
+        for entry, read in some:
+            try:
+                results.append((entry, prepare(read, *settings)))
+            except (ValueError, OSError, cv2.error) as error:
+                results.append((entry, error))
+        return results
+
     def write_oldest() -> None:
-        entry, task = underway.popleft()
-        try:
-            content, height, width, reencoded = task.result()
-        except (ValueError, OSError, cv2.error) as error:
-            # Without the path, which another machine has not.
-            bad.append((entry, getattr(error, "strerror", None) or " ".join(str(error).split())))
-            progress.tell(0)
-            return
-        writer.add(entry, content, height, width, reencoded)
-        progress.tell(len(content))
+        for entry, result in underway.popleft().result():
+            if isinstance(result, Exception):
+                # Without the path, which another machine has not.
+                reason = getattr(result, "strerror", None) or " ".join(str(result).split())
+                bad.append((entry, reason))
+                progress.tell(0)
+            else:
+                writer.add(entry, *result)
+                progress.tell(len(result[0]))
 
     pool = ThreadPoolExecutor(workers, "pack")
     try:
         reads = source.contents([members[at] for at in todo])
-        for at, read in zip(todo, reads, strict=True):
-            underway.append((entries[at], pool.submit(prepare, read, *settings)))
-            if len(underway) > 32 + 4 * workers:
+        pairs = zip((entries[at] for at in todo), reads, strict=True)
+        # Some pictures a task, since handing over has a price of its own.
+        while not interrupted.is_set() and (some := list(itertools.islice(pairs, 4))):
+            underway.append(pool.submit(prepare_some, some))
+            if len(underway) > 4 + 2 * workers:
                 write_oldest()
-            if interrupted.is_set():
-                break
         while underway and not interrupted.is_set():
             write_oldest()
     finally:

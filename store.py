@@ -103,11 +103,10 @@ class Store:
 
     def read_ahead(self, positions: np.ndarray) -> None:
         """Have the kernel fetch pictures that will soon be read."""
-        picked = self.records[positions]
+        places = self.records[positions]
+        offsets, sizes = places["offset"].tolist(), places["size"].tolist()
         with open(self.path, "rb", buffering=0) as file:
-            for offset, size in zip(
-                picked["offset"].tolist(), picked["size"].tolist(), strict=True
-            ):
+            for offset, size in zip(offsets, sizes, strict=True):
                 os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def entry(self, position: int) -> str:

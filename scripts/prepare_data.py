@@ -4,17 +4,22 @@
         scikit-learn's 1,797 handwritten digits as JPEGs; no network, two seconds, 3 MB
     python3 scripts/prepare_data.py imagenette data/imagenette
         ten ImageNet classes, 13,394 photos, downloaded by torchvision (fastai/imagenette)
+    python3 scripts/prepare_data.py pack SOURCE STORE
+        one file of all pictures of a folder, a zip or a tar, such as Kaggle's ImageNet; see
+        scripts/packing.py and store.py
 
 Where DIR is complete already, nothing is done. A half-finished one is never left behind: the files
-are gathered in DIR.partial, which takes DIR's name at the end.
+are gathered in DIR.partial, which takes DIR's name at the end. Packing goes on from STORE.partial
+where it was stopped.
 """
 
 import dataclasses
 import http.client
+import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -28,15 +33,56 @@ DIGIT_PX = 64
 
 
 @dataclasses.dataclass(frozen=True)
+class DigitsOptions:
+    """scikit-learn's 1,797 handwritten digits as JPEGs, without a network"""
+
+    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """the folder to make"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagenetteOptions:
+    """ten ImageNet classes, 13,394 photos, downloaded"""
+
+    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """the folder to make"""
+    size: Literal["full", "320px", "160px"] = "320px"
+    """shorter side of the photos; full: as they were"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackOptions:
+    """one file of all pictures of a folder, a zip or a tar"""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """folder, zip or tar with train/<class>/<name> and val/<class>/<name>, or Kaggle's ImageNet"""
+    store: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+    """the file to make"""
+    max_side: int = 400
+    """larger pictures are made smaller: their larger side in pixels; 0 keeps all as they are"""
+    quality: int = 90
+    """JPEG quality of the pictures that are made smaller, 1 to 100"""
+    workers: int = len(os.sched_getaffinity(0))
+    """threads that decode and encode; as many as there are cores"""
+    val_labels: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
+    """classes of the pictures under val/ where it has no class folders; looked for as
+    LOC_val_solution.csv in SOURCE and beside it"""
+    skip_bad_images: bool = False
+    """leave out pictures that cannot be read"""
+
+
+@dataclasses.dataclass(frozen=True)
 class PrepareOptions:
     """Which data set, and where to."""
 
-    dataset: tyro.conf.Positional[Literal["digits", "imagenette"]]
+    data_set: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[DigitsOptions, tyro.conf.subcommand("digits")]
+            | Annotated[ImagenetteOptions, tyro.conf.subcommand("imagenette")]
+            | Annotated[PackOptions, tyro.conf.subcommand("pack")]
+        ]
+    ]
     """which data set"""
-    dir: tyro.conf.Positional[Path]
-    """the folder to make"""
-    size: Literal["full", "320px", "160px"] = "320px"
-    """shorter side of Imagenette's photos; full: as they were"""
 
 
 def digits(folder: Path) -> None:
@@ -86,11 +132,33 @@ def count_images(folder: Path) -> dict[str, int]:
     return {part: len(list((folder / part).glob("*/*"))) for part in ("train", "val")}
 
 
+def pack(options: PackOptions) -> None:
+    """Pack SOURCE into STORE; raises UserError for settings that are out of range."""
+    for field, least, most in (("max_side", 0, 65_535), ("quality", 1, 100), ("workers", 1, 1024)):
+        value = getattr(options, field)
+        if not least <= value <= most:
+            raise UserError(f"{field} is {value}: it must be {least} to {most:,}")
+    import packing  # with torch, which takes seconds to import
+
+    packing.pack(
+        options.source,
+        options.store,
+        options.max_side,
+        options.quality,
+        options.workers,
+        options.val_labels,
+        options.skip_bad_images,
+    )
+
+
 def main() -> None:
-    """Bring a data set into DIR/train/<class>/ and DIR/val/<class>/."""
-    options = parse_options(PrepareOptions, __doc__)
-    folder = options.dir
+    """Bring a data set into DIR/train/<class>/ and DIR/val/<class>/, or into one file."""
+    options = parse_options(PrepareOptions, __doc__).data_set
     start_log(None)
+    if isinstance(options, PackOptions):
+        pack(options)
+        return
+    folder = options.dir
     if not all(count_images(folder).values()):
         if folder.exists():
             raise UserError(
@@ -100,7 +168,7 @@ def main() -> None:
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if options.dataset == "digits":
+        if isinstance(options, DigitsOptions):
             digits(partial)
         else:
             imagenette(partial, options.size)

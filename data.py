@@ -211,7 +211,7 @@ def batches(
             fill_some(array, indexes)
             return (images, labels), []
         # Some images a task: enough to be worth a thread's while, few enough to share evenly.
-        step = max(1, min(16, len(indexes) // workers))
+        step = max(1, min(64, len(indexes) // workers))
         tasks = [
             pool.submit(fill_some, array[at : at + step], indexes[at : at + step])
             for at in range(0, len(indexes), step)

@@ -139,9 +139,9 @@ def train_step(
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     # A smaller last batch is not worth a compilation of its own.
-    compiled = run.compiled if len(images) == run.compiled_batch_size else None
+    model = run.compiled if len(images) == run.compiled_batch_size else run.model
     with autocast(run.device, run.precision):
-        logits = (compiled or run.model)(data.normalize(images, DTYPES[run.precision])).float()
+        logits = model(data.normalize(images, DTYPES[run.precision])).float()
     loss = torch.nn.functional.cross_entropy(logits, labels)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()

@@ -22,6 +22,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -478,7 +479,7 @@ def compiled(
     torch._dynamo.config.recompile_limit = 64
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))  # needs what the model will need
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.SubprocessError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
         raise UserError(
             f"torch.compile does not work here ({reason}): install a C++ compiler and Python's "

@@ -12,7 +12,7 @@ A block of the one and a block of the other, after a step that warms up, make a 
 is that of the pair. Each has the memory allocator as it comes with it: glibc's own settings, as
 they adapt to large blocks, for the reference. Start-up and peak memory are those of fresh processes
 which take three steps; what torch.compile has compiled is not taken over from earlier ones.
-Prints a table; --output takes a JSON file with hardware and versions.
+Prints what it finds, size by size; --output takes a JSON file with hardware and versions.
 """
 
 import concurrent.futures
@@ -320,34 +320,38 @@ def loss_curves(px: int, steps: int, config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ the report
 
 
-def print_table(record: dict[str, Any]) -> None:
-    """The sizes, a line each, and the loss curves."""
+def tell_size(size: dict[str, Any]) -> None:
+    """One size in a few lines."""
+    ratio, kept = size["ratio"], size.get("kept_with_loader")
     log.info(
-        "px    reference     ours          ratio                 of peak  kept with loader"
-        "  memory (ref, ours)  first step (ref, ours)"
-    )
-    for size in record["sizes"]:
-        ratio, kept = size["ratio"], size.get("kept_with_loader")
+        "%d px: ours over the reference: %.2f (%.2f to %.2f)",
+        size["px"], ratio["median"], ratio["min"], ratio["max"],
+    )  # fmt: skip
+    for name in ("reference", "ours"):
+        rate = size[f"{name}_img_per_s"]
         log.info(
-            "%-4d  %6.1f img/s  %6.1f img/s  %.2f (%.2f to %.2f)   %5.1f %%  %-16s  "
-            "%5.2f GB, %5.2f GB   %5.1f s, %5.1f s",
-            size["px"], size["reference_img_per_s"]["median"], size["ours_img_per_s"]["median"],
-            ratio["median"], ratio["min"], ratio["max"], 100 * size["ours_share_of_peak"],
-            f"{100 * kept['median']:.1f} %" if kept else "not measured",
-            size["reference"]["peak_bytes"] / 1e9, size["ours"]["peak_bytes"] / 1e9,
-            size["reference"]["first_step_s"], size["ours"]["first_step_s"],
+            "  %-9s  %7.1f img/s (%.1f to %.1f)  %4.1f %% of the arithmetic peak  %5.2f GB  "
+            "first step after %.1f s",
+            name, rate["median"], rate["min"], rate["max"], 100 * size[f"{name}_share_of_peak"],
+            size[name]["peak_bytes"] / 1e9, size[name]["first_step_s"],
         )  # fmt: skip
-    log.info("peak: %.3g FLOP/s, %s", record["peak_flops"], record["peak_flops_measured_by"])
-    curves = record.get("loss_curve")
-    if curves:
+    if kept:
         log.info(
-            "loss over %d steps, smoothed over %d: ours from the reference at most %.3f, mean "
-            "%.3f; the reference from itself, its first weights 0.1 %% off, at most %.3f, mean "
-            "%.3f; at the end %.3f, %.3f and %.3f",
-            len(curves["losses"]["ours"]), curves["smoothed_over_steps"],
-            *curves["ours_from_reference"].values(), *curves["noise_from_reference"].values(),
-            *(curves["last_smoothed"][name] for name in ("ours", "reference", "noise")),
-        )  # fmt: skip
+            "  ours keeps %.1f %% (%.1f to %.1f) of that with the loader",
+            *(100 * kept[part] for part in ("median", "min", "max")),
+        )
+
+
+def tell_curves(curves: dict[str, Any]) -> None:
+    """How far the loss curves part."""
+    log.info(
+        "loss over %d steps, smoothed over %d: ours from the reference at most %.3f, mean %.3f; "
+        "the reference from itself, its first weights 0.1 %% off, at most %.3f, mean %.3f; at the "
+        "end ours %.3f, the reference %.3f and %.3f",
+        len(curves["losses"]["ours"]), curves["smoothed_over_steps"],
+        *curves["ours_from_reference"].values(), *curves["noise_from_reference"].values(),
+        *(curves["last_smoothed"][name] for name in ("ours", "reference", "noise")),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -386,16 +390,7 @@ def main() -> None:
     run = trainer.new_run(config, 1000)
     run.model.train()
     flops, measured_by = peak_flops(run)
-    reference = Reference(1000, run.device, run.precision)
-    sizes = []
-    for px in options.px:
-        log.info("%d px: %d pairs of blocks of %d steps", px, options.pairs, options.block_steps)
-        size = measure_size(px, options, run, reference, config)
-        for name in ("reference", "ours"):
-            rate = size[f"{name}_img_per_s"]["median"]
-            share = rate * FLOP_PER_IMAGE * (px / 224) ** 2 / flops
-            size[f"{name}_share_of_peak"] = round(share, 4)
-        sizes.append({**size, **probes[px]})
+    log.info("arithmetic peak: %.3g FLOP/s, %s", flops, measured_by)
     record: dict[str, Any] = {
         "settings": {
             "batch_size": config.batch_size,
@@ -410,14 +405,28 @@ def main() -> None:
         "peak_flops": flops,
         "peak_flops_measured_by": measured_by,
         "flop_per_image_at_224_px": FLOP_PER_IMAGE,
-        "sizes": sizes,
+        "sizes": [],
     }
+
+    def write() -> None:  # after each part: an interruption loses but the one under way
+        if options.output:
+            write_json(options.output, record)
+
+    reference = Reference(1000, run.device, run.precision)
+    for px in options.px:
+        size = {**measure_size(px, options, run, reference, config), **probes[px]}
+        for name in ("reference", "ours"):
+            rate = size[f"{name}_img_per_s"]["median"]
+            share = rate * FLOP_PER_IMAGE * (px / 224) ** 2 / flops
+            size[f"{name}_share_of_peak"] = round(share, 4)
+        record["sizes"].append(size)
+        tell_size(size)
+        write()
     if options.loss_curve:
         del reference, run  # their memory is needed
         record["loss_curve"] = loss_curves(options.px[-1], options.loss_curve, config)
-    print_table(record)
-    if options.output:
-        write_json(options.output, record)
+        tell_curves(record["loss_curve"])
+        write()
 
 
 if __name__ == "__main__":

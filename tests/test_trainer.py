@@ -500,3 +500,28 @@ def test_a_run_begun_on_a_gpu_goes_on_without_loss_scaling(settings: dict[str, o
     assert run.state()["scaler"] == {}
     scaled = dataclasses.replace(run, scaler=torch.amp.GradScaler("cpu", enabled=True))
     scaled.load(run.state())  # and the other way round
+
+
+def test_a_steps_memory_serves_the_next_one() -> None:
+    """Page faults of a large tensor, made ten times over: once for all instead of every time."""
+    program = """if True:
+        import resource, torch, trainer
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.ones(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        usual = faults()
+        trainer.keep_freed_memory()
+        print(usual, faults())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    usual, kept = map(int, done.stdout.split())
+    assert kept < usual / 4

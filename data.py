@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from image_files import Encoded, ImageSet, decode_plain_jpeg, decode_with_pillow
-from utils import MEAN, STD, Config, UserError
+from utils import MEAN, STD, Config, UserError, train_px
 
 cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would fight them
 
@@ -245,13 +245,13 @@ def batches(
 def train_batches(
     image_set: ImageSet, config: Config, epoch: int, first_batch: int = 0, pin: bool = False
 ) -> Iterator[Batch]:
-    """The training batches of an epoch, from batch `first_batch` on."""
+    """The training batches of an epoch, from batch `first_batch` on, at that epoch's size."""
     return batches(
         image_set,
         functools.partial(fill_train, config, epoch),
         epoch_order(config.seed, epoch, len(image_set)),
         config.batch_size,
-        config.train_px,
+        train_px(config, epoch),
         config.workers,
         first_batch,
         pin,
@@ -264,7 +264,7 @@ def val_batches(image_set: ImageSet, config: Config, pin: bool = False) -> Itera
         image_set,
         functools.partial(fill_val, config),
         np.arange(len(image_set)),
-        config.batch_size,
+        config.val_batch_size,
         config.val_px,
         config.workers,
         pin=pin,
@@ -301,13 +301,21 @@ def to_device(host_batches: Iterator[Batch], device: torch.device) -> Iterator[B
 
 
 @functools.cache
-def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageNet's channel statistics on a scale of 0 to 255, float32 (3, 1, 1), made once."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return mean, std
+def _scale_and_shift(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What normalises a channel of uint8 as scale * x + shift, float32 (3, 1, 1), made once."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, H, W, 3) → float32 (N, 3, H, W), channels_last, mean 0 and deviation 1."""
-    mean, std = _mean_and_std(images.device)
-    return (images.permute(0, 3, 1, 2) - mean) / std
+def normalize(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 (N, H, W, 3) → `dtype` (N, 3, H, W), channels_last, mean 0 and deviation 1.
+
+    Computed in float32 and rounded once. On a GPU it is a single kernel, which reads the bytes and
+    writes the result: nothing in float32 goes through its memory.
+    """
+    scale, shift = _scale_and_shift(images.device)
+    images = images.permute(0, 3, 1, 2)
+    out = torch.empty(
+        images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last
+    )
+    return torch.addcmul(shift, images, scale, out=out)

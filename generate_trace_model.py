@@ -26,6 +26,7 @@ import torch
 import torchvision
 
 import data
+import image_files
 from model import ResNet50Wrapper, load_weights
 from utils import (
     EXIT_FAILED,
@@ -91,9 +92,9 @@ def choose_examples(val_folder: Path, classes: tuple[str, ...], count: int) -> d
 
 def first_image(folder: Path) -> Path | None:
     """The first image of a folder that can be read, of which it may have none."""
-    for name in data.image_names(folder) if folder.is_dir() else ():
+    for name in image_files.image_names(folder) if folder.is_dir() else ():
         with contextlib.suppress(ValueError, OSError):
-            data.decode((folder / name).read_bytes())
+            image_files.decode((folder / name).read_bytes())
             return folder / name
     return None
 

@@ -7,7 +7,7 @@
 The LR range test (Smith, arXiv 1506.01186) with the trainer's own step, images and settings. The
 rate grows by the same factor from step to step; the test ends once the loss has risen again by
 half of what it had fallen. Writes lr_finder.json and lr_finder.png into runs/<name>/ and touches
-nothing else there.
+nothing else there. Where the training crops grow, it tests at the size of the first epochs.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import matplotlib
 import tqdm
 
 import data
+import image_files
 import trainer
 from utils import (
     Config,
@@ -34,6 +35,7 @@ from utils import (
     run_folder,
     run_stage,
     start_log,
+    train_px,
     write_json,
 )
 
@@ -163,7 +165,11 @@ def main() -> None:
         )
     start_log(None)
     trainer.choose_precision(config, trainer.choose_device(config))  # refused before any folder
-    train_set, _, _ = data.open_images(config)
+    first_px = train_px(config, epoch=0)
+    if first_px != config.train_px:
+        log.info("the range is tested at the first epoch's %d px", first_px)
+        config = dataclasses.replace(config, train_px=first_px, first_train_px=0)
+    train_set, _, _ = image_files.open_images(config)
     folder = run_folder(config.runs_folder, config.name)
     check_writable(folder, "--runs-folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ import tqdm
 
 import checkpoint
 import data
+import image_files
 from model import ResNet50Wrapper, load_weights
 from utils import (
     EXIT_FAILED,
@@ -43,6 +45,7 @@ from utils import (
     UserError,
     check_config,
     format_duration,
+    keep_freed_memory,
     learning_rate,
     log,
     parse_options,
@@ -51,12 +54,14 @@ from utils import (
     run_stage,
     save_config,
     start_log,
+    train_px,
     write_atomically,
     write_json,
     write_metrics,
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Of glibc's malloc.h: how many blocks the system gives one by one, and how much is kept when free.
 WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32; a checkpoint holds the momentum beside it
 
 
@@ -79,6 +84,9 @@ class Run:
     device: torch.device
     precision: str  # of the forward pass: fp16, bf16 or fp32
     totals: dict[str, torch.Tensor]  # sums over the epoch under way, on the device
+    # The model through torch.compile, for batches of this size; None, 0: never.
+    compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+    compiled_batch_size: int = 0
     step: int = 0  # optimizer steps since the beginning
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
     epoch_s: float = 0.0  # seconds of training in the epoch under way
@@ -131,8 +139,10 @@ def train_step(
     """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
+    # A smaller last batch is not worth a compilation of its own.
+    model = run.compiled if len(images) == run.compiled_batch_size else run.model
     with autocast(run.device, run.precision):
-        logits = run.model(data.normalize(images)).float()
+        logits = model(data.normalize(images, DTYPES[run.precision])).float()
     loss = torch.nn.functional.cross_entropy(logits, labels)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
@@ -190,7 +200,7 @@ def evaluate(
             if interrupted.is_set():
                 raise Interrupted
             with autocast(device, precision):
-                logits = model(data.normalize(images)).float()
+                logits = model(data.normalize(images, DTYPES[precision])).float()
             loss = torch.nn.functional.cross_entropy(logits, labels)
             add_to_totals(totals, loss, logits, labels)
     return read_totals(totals, "val")
@@ -202,7 +212,7 @@ def evaluate(
 def train_epoch(
     run: Run,
     config: Config,
-    train_set: data.ImageSet,
+    train_set: image_files.ImageSet,
     save: Callable[[], None],
     interrupted: threading.Event,
 ) -> None:
@@ -240,7 +250,7 @@ def train_epoch(
 class Progress:
     """Says every few seconds how an epoch is going: a bar on a terminal, else a line in the log."""
 
-    def __init__(self, run: Run, config: Config, train_set: data.ImageSet) -> None:
+    def __init__(self, run: Run, config: Config, train_set: image_files.ImageSet) -> None:
         self.run, self.config, self.train_set = run, config, train_set
         self.steps = steps_per_epoch(config, train_set)
         self.epoch = len(run.history)
@@ -270,8 +280,8 @@ class Progress:
         self.told_at, self.told_step = now, run.step
         val_s = run.history[-1]["val_s"] if run.history else 0.0
         left_epochs = total_epochs(config) - self.epoch
-        left_steps = total_epochs(config) * self.steps - run.step
-        left_s = left_steps * step_s + left_epochs * val_s
+        left_s = steps_left(config, self.epoch, run.step, self.steps) * step_s
+        left_s += left_epochs * val_s
         parts = [
             f"loss {totals['train_loss']:.2f}",
             f"top-1 {totals['train_top1']:.1f} %",
@@ -310,7 +320,7 @@ def finish_epoch(
     run: Run,
     config: Config,
     folder: Path,
-    val_set: data.ImageSet,
+    val_set: image_files.ImageSet,
     interrupted: threading.Event,
 ) -> None:
     """Validate, add the epoch's row to the history and the screen, and keep its weights."""
@@ -326,6 +336,7 @@ def finish_epoch(
         **train,
         **val,
         "learning_rate": learning_rate(config, run.step, steps),
+        "train_px": train_px(config, len(run.history)),
         "train_s": run.epoch_s,
         "val_s": val_s,
         "img_per_s": train["train_images"] / run.epoch_s,
@@ -351,9 +362,20 @@ def finish_epoch(
 # ------------------------------------------------------------------------------ before training
 
 
-def steps_per_epoch(config: Config, train_set: data.ImageSet) -> int:
+def steps_per_epoch(config: Config, train_set: image_files.ImageSet) -> int:
     """Optimizer steps in an epoch; the last one may have a smaller batch."""
-    return math.ceil(len(train_set.files) / config.batch_size)
+    return math.ceil(len(train_set) / config.batch_size)
+
+
+def steps_left(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """Steps from `step`, in `epoch`, to the end of the run, as so many of that epoch's size.
+
+    A step takes as long as it has pixels, so that later, larger ones count for more than one.
+    """
+    px = train_px(config, epoch)
+    later = range(epoch + 1, total_epochs(config))
+    shares = sum((train_px(config, other) / px) ** 2 for other in later)
+    return (epoch + 1) * steps_per_epoch - step + shares * steps_per_epoch
 
 
 def total_epochs(config: Config) -> int:
@@ -411,6 +433,7 @@ def new_run(config: Config, num_classes: int) -> Run:
     """A run at its beginning; the first weights depend on the seed alone."""
     device = choose_device(config)
     precision = choose_precision(config, device)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     model = ResNet50Wrapper(num_classes, config.zero_init_residual)
     model = model.to(device, memory_format=torch.channels_last)
@@ -426,7 +449,30 @@ def new_run(config: Config, num_classes: int) -> Run:
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    return Run(model, optimizer, scaler, device, precision, new_totals(device))
+    run = Run(model, optimizer, scaler, device, precision, new_totals(device))
+    if config.compile:
+        run.compiled, run.compiled_batch_size = compiled(model, device), config.batch_size
+    return run
+
+
+def compiled(
+    model: ResNet50Wrapper, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model through torch.compile, which shares its weights and leaves their names alone.
+
+    Compiled at the first batch of every size. Raises UserError where nothing can be compiled.
+    """
+    # One for each size of the pictures, where the default would give up at eight.
+    torch._dynamo.config.recompile_limit = 64
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))  # needs what the model will need
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise UserError(
+            f"torch.compile does not work here ({reason}): install a C++ compiler and Python's "
+            "headers (apt-get install g++ python3-dev), or leave out --compile"
+        ) from None
+    return torch.compile(model, dynamic=False)
 
 
 def say_if_finished(folder: Path, config: Config, state: dict[str, Any]) -> bool:
@@ -464,18 +510,52 @@ def describe_hardware(run: Run) -> dict[str, Any]:
     }
 
 
-def dry_run(run: Run, config: Config, train_set: data.ImageSet, val_set: data.ImageSet) -> None:
+def dry_run(
+    run: Run, config: Config, train_set: image_files.ImageSet, val_set: image_files.ImageSet
+) -> None:
     """Print the settings, the schedule, and from a few timed steps the time, memory and price."""
     steps = steps_per_epoch(config, train_set)
     log.info("settings:")
     for field, value in dataclasses.asdict(config).items():
         log.info("  %-20s %s", field, value)
-    log.info("learning rate at the end of each epoch:")
-    for epoch in range(1, total_epochs(config) + 1):
-        log.info("  epoch %3d  %.7f", epoch, learning_rate(config, epoch * steps, steps))
-    on_gpu = run.device.type == "cuda"
+    log.info("learning rate at the end of each epoch, and side of its training crops:")
+    sizes = [train_px(config, epoch) for epoch in range(total_epochs(config))]
+    for epoch, px in enumerate(sizes, start=1):
+        rate = learning_rate(config, epoch * steps, steps)
+        log.info("  epoch %3d  %.7f  %d px", epoch, rate, px)
     run.model.train()
-    batches = data.to_device(data.train_batches(train_set, config, epoch=0, pin=on_gpu), run.device)
+    step_s = {}
+    for px in sorted(set(sizes)):
+        seconds = time_steps(run, dataclasses.replace(config, train_px=px), train_set)
+        step_s[px] = sum(seconds) / len(seconds)
+        log.info(
+            "%d px: %.3f s a step (%.0f img/s), from %d timed steps",
+            px, step_s[px], config.batch_size / step_s[px], len(seconds),
+        )  # fmt: skip
+    # A validation image costs about a third of a training image of its size: there is no backward
+    # pass.
+    val_share = (config.val_px / config.train_px) ** 2 / 3
+    val_s = step_s[config.train_px] * len(val_set) / config.batch_size * val_share
+    whole_s = sum(steps * step_s[px] + val_s for px in sizes)
+    on_gpu = run.device.type == "cuda"
+    if on_gpu:
+        peak_bytes = torch.cuda.max_memory_allocated(run.device)
+    else:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    log.info(
+        "estimate: %s an epoch, %s for %d epochs, %.1f GB of %s memory, $%.2f at $%.2f an hour",
+        format_duration(whole_s / len(sizes)), format_duration(whole_s), len(sizes),
+        peak_bytes / 1e9, "GPU" if on_gpu else "main",
+        config.price_per_hour * whole_s / 3600, config.price_per_hour,
+    )  # fmt: skip
+
+
+def time_steps(run: Run, config: Config, train_set: image_files.ImageSet) -> list[float]:
+    """Seconds of some steps at train_px, with all that they wait for."""
+    config = dataclasses.replace(config, first_train_px=0)
+    steps = steps_per_epoch(config, train_set)
+    pin = run.device.type == "cuda"
+    batches = data.to_device(data.train_batches(train_set, config, epoch=0, pin=pin), run.device)
     ends = [time.monotonic()]  # of the steps
     with contextlib.closing(batches):
         for _, (images, labels) in zip(range(min(12, steps)), batches, strict=False):
@@ -484,32 +564,21 @@ def dry_run(run: Run, config: Config, train_set: data.ImageSet, val_set: data.Im
     # From one end to the next, which is what the model or the loader takes, whichever is slower;
     # the first half warms up, and has batches that were ready before.
     seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    seconds = seconds[len(seconds) // 2 :]
-    step_s = sum(seconds) / len(seconds)
-    # A validation image costs about a third of a training image: there is no backward pass.
-    epoch_s = step_s * (steps + len(val_set.files) / config.batch_size / 3)
-    whole_s = total_epochs(config) * epoch_s
-    if on_gpu:
-        peak_bytes = torch.cuda.max_memory_allocated(run.device)
-    else:
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    log.info(
-        "estimate from %d timed steps: %.3f s a step (%.0f img/s), %s an epoch, %s for %d epochs, "
-        "%.1f GB of %s memory, $%.2f at $%.2f an hour",
-        len(seconds), step_s, config.batch_size / step_s, format_duration(epoch_s),
-        format_duration(whole_s), total_epochs(config), peak_bytes / 1e9,
-        "GPU" if on_gpu else "main", config.price_per_hour * whole_s / 3600, config.price_per_hour,
-    )  # fmt: skip
+    return seconds[len(seconds) // 2 :]
 
 
 def describe_run(
-    run: Run, config: Config, train_set: data.ImageSet, val_set: data.ImageSet, skipped: list[str]
+    run: Run,
+    config: Config,
+    train_set: image_files.ImageSet,
+    val_set: image_files.ImageSet,
+    skipped: list[str],
 ) -> None:
     """Say what is about to be trained, on which images and hardware."""
     hardware = describe_hardware(run)
     log.info(
         "run %s: %s training and %s validation images in %s classes%s; %s steps of %d an epoch",
-        config.name, f"{len(train_set.files):,}", f"{len(val_set.files):,}",
+        config.name, f"{len(train_set):,}", f"{len(val_set):,}",
         f"{len(train_set.classes):,}", f" ({len(skipped)} left out as unreadable)" * bool(skipped),
         f"{steps_per_epoch(config, train_set):,}", config.batch_size,
     )  # fmt: skip
@@ -526,7 +595,7 @@ def report(
     run: Run,
     config: Config,
     folder: Path,
-    val_set: data.ImageSet,
+    val_set: image_files.ImageSet,
     interrupted: threading.Event,
 ) -> None:
     """Evaluate the best weights once more, as read from the disk and in fp32; write result.json."""
@@ -584,10 +653,14 @@ def main() -> None:
     state = None if options.dry_run else checkpoint.load_latest(folder / "checkpoints")
     config = take_max_lr(options.config, folder, state)
     if state is not None:
+        # Settings that are younger than the checkpoint do at their defaults what was done before.
+        state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
         checkpoint.check_settings(state, config)
         if say_if_finished(folder, config, state):
             return
-    train_set, val_set, skipped = data.open_images(config, state and state["images"]["skipped"])
+    train_set, val_set, skipped = image_files.open_images(
+        config, state and state["images"]["skipped"]
+    )
     images = {"train": train_set.fingerprint(), "val": val_set.fingerprint(), "skipped": skipped}
     if state is not None:
         checkpoint.check_images(state, images)

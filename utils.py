@@ -10,6 +10,7 @@ leaves its results in `runs/<name>/`:
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import importlib.metadata
@@ -34,6 +35,8 @@ import tyro
 # every ResNet-50 of torchvision and timm expects.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+PX_STEP = 32  # ResNet-50 halves a picture five times
 
 # Exit codes of a stage; also in the README.
 EXIT_FAILED = 1  # training itself went wrong, for example a loss that is not a number
@@ -78,6 +81,8 @@ class Config:
     """more epochs once these have ended, as a second, shorter OneCycle: extends a finished run"""
     batch_size: int = 448
     """images in a training step"""
+    val_batch_size: int = 512
+    """images in a batch of validation; the counts do not depend on it"""
     max_lr: float = 0.175
     """peak of the OneCycle learning rate; 0.175 made the reference run's table"""
     max_lr_from_finder: bool = False
@@ -93,7 +98,14 @@ class Config:
     final_div_factor: float = 1e4
     """the first learning rate over the last"""
     train_px: int = 224
-    """side of a training crop, in pixels"""
+    """side of a training crop, in pixels; where the size grows, that of the last epochs"""
+    first_train_px: int = 0
+    """side of a training crop in the first epochs, a multiple of 32, from which it grows to
+    train_px; 0: train_px throughout"""
+    px_ramp_start: float = 0.35
+    """how far into the epochs the size begins to grow: 0 is the first of them, 1 the last"""
+    px_ramp_end: float = 0.85
+    """how far into the epochs it has reached train_px"""
     val_px: int = 224
     """side of a validation crop, in pixels"""
     val_resize_px: int = 256
@@ -109,6 +121,8 @@ class Config:
     hardware, else fp32"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where the model runs; auto: the GPU if there is one"""
+    compile: bool = False
+    """train the model through torch.compile, which needs a C++ compiler and time at each start"""
     seed: int = 0
     """seed of the first weights, the order of the images, the crops and the flips"""
     workers: int = 12
@@ -126,8 +140,8 @@ class Config:
 
 
 # Settings that a resumed run may change: they do not touch what the model learns, but that another
-# device adds up in another order, and `auto` may choose another precision there. Where the images
-# lie is among them, since which images they are is compared by itself.
+# device, or compiled code, adds up in another order, and `auto` may choose another precision there.
+# Where the images lie is among them, since which images they are is compared by itself.
 FREE_SETTINGS = frozenset(
     {
         "recipe",
@@ -136,7 +150,9 @@ FREE_SETTINGS = frozenset(
         "train_folder_name",
         "val_folder_name",
         "max_lr_from_finder",
+        "val_batch_size",
         "device",
+        "compile",
         "workers",
         "checkpoint_minutes",
         "log_interval_s",
@@ -157,6 +173,7 @@ RECIPES: dict[str, Config] = {
         val_folder_name="data/digits/val",
         epochs=12,
         batch_size=32,
+        val_batch_size=64,
         max_lr=0.03,
         weight_decay=5e-4,
         train_px=64,
@@ -241,8 +258,8 @@ def _one_line(box: str) -> str:
 
 def check_config(config: Config) -> None:
     """Refuse settings that no run could use; raises UserError naming the field and its value."""
-    positive = ("epochs", "batch_size", "max_lr", "div_factor", "final_div_factor")
-    for field in (*positive, "train_px", "val_px", "log_interval_s"):
+    positive = ("epochs", "batch_size", "val_batch_size", "max_lr", "div_factor")
+    for field in (*positive, "final_div_factor", "train_px", "val_px", "log_interval_s"):
         value = getattr(config, field)
         if not 0 < value < math.inf:
             raise UserError(f"{field} is {value}: it must be above 0")
@@ -259,6 +276,17 @@ def check_config(config: Config) -> None:
         raise UserError(f"momentum is {config.momentum}: it must be below 1")
     if not 0 < config.crop_min_scale <= 1:
         raise UserError(f"crop_min_scale is {config.crop_min_scale}: it must be above 0, at most 1")
+    first_px = config.first_train_px
+    if first_px % PX_STEP or not 0 <= first_px <= config.train_px:
+        raise UserError(
+            f"first_train_px is {first_px}: it must be 0, or a multiple of {PX_STEP} that is at "
+            f"most train_px, {config.train_px}"
+        )
+    if not 0 <= config.px_ramp_start < config.px_ramp_end <= 1:
+        raise UserError(
+            f"px_ramp_start is {config.px_ramp_start} and px_ramp_end {config.px_ramp_end}: they "
+            "must lie between 0 and 1, the start below the end"
+        )
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}: it must be 0 or more, below 2^63")
     if config.val_resize_px < config.val_px:
@@ -284,8 +312,8 @@ def run_stage(main: Callable[[], None]) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
             raise
         _end(
-            "the GPU has too little memory: use a smaller --batch-size or --train-px, or end what "
-            "else runs on it (see nvidia-smi)",
+            "the GPU has too little memory: use a smaller --batch-size, --val-batch-size or "
+            "--train-px, or end what else runs on it (see nvidia-smi)",
             EXIT_USER_ERROR,
         )
 
@@ -449,6 +477,24 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return one_cycle(config, step, total_steps)
 
 
+def train_px(config: Config, epoch: int) -> int:
+    """Side in pixels of the training crops of epoch `epoch`, counted from 0.
+
+    From first_train_px it grows in a straight line, in multiples of 32, to train_px, which the last
+    epoch has in any case (progressive resizing, as in FFCV's recipes). Like the learning rate it is
+    a function of nothing but the epoch. Extra epochs stay at train_px.
+    """
+    first, last = config.first_train_px, config.train_px
+    if not first or epoch >= config.epochs - 1:
+        return last
+    start, end = config.px_ramp_start, config.px_ramp_end
+    done = (epoch / (config.epochs - 1) - start) / (end - start)
+    if done >= 1:
+        return last
+    px = first + max(0.0, done) * (last - first)
+    return min(last, PX_STEP * math.floor(px / PX_STEP + 0.5))
+
+
 def one_cycle(config: Config, step: int, total_steps: int) -> float:
     """OneCycle with cosine annealing (Smith and Topin, arXiv 1708.07120).
 
@@ -466,6 +512,21 @@ def one_cycle(config: Config, step: int, total_steps: int) -> float:
         start, end = config.max_lr, last
         done = (step - peak_step) / (total_steps - 1 - peak_step)
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next batch or step; elsewhere, do nothing.
+
+    By itself it gives large blocks back to the system, which fills them with zeros again, page by
+    page, for each picture that is decoded and at every step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def format_duration(seconds: float) -> str:

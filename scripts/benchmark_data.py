@@ -38,7 +38,18 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils import MEAN, STD, Config, UserError, log, parse_options, run_stage, start_log, write_json
+from utils import (
+    MEAN,
+    STD,
+    Config,
+    UserError,
+    keep_freed_memory,
+    log,
+    parse_options,
+    run_stage,
+    start_log,
+    write_json,
+)
 
 BATCH_SIZE = 256
 PACKAGES = (
@@ -224,6 +235,7 @@ PIPELINES: dict[str, Pipeline] = {
     "decode only, store": decode_only,
 }
 NEEDS = {"FFCV, its file": "ffcv", "DALI CPU, store's pictures": "nvidia.dali"}
+OURS = ("ours, originals", "ours, store", "decode only, store")
 # What is quoted: the first against the second.
 RATIOS = (
     ("ours, store", "FFCV, its file"),
@@ -237,6 +249,8 @@ RATIOS = (
 def serve(connection: Connection, name: str, places: Places, px: int, cores: int) -> None:
     """Set up a pipeline on so many cores; each message is answered by the images a second."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    if name in OURS:
+        keep_freed_memory()  # as the trainer does
     run = PIPELINES[name](places, px, cores)
     run()  # compiles, fills caches
     connection.send(None)

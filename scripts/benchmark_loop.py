@@ -23,6 +23,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+import image_files
 import trainer
 from utils import ConfigOptions, check_config, parse_options, run_stage, start_log
 
@@ -44,7 +45,7 @@ def main() -> None:
     config = options.config
     check_config(config)
     start_log(None)
-    train_set, _, _ = data.open_images(config)
+    train_set, _, _ = image_files.open_images(config)
     run = trainer.new_run(config, len(train_set.classes))
     run.model.train()
     on_gpu = run.device.type == "cuda"

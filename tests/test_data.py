@@ -19,7 +19,7 @@ from torchvision.transforms import functional
 import data
 from utils import MEAN, STD, Config, UserError
 
-CONFIG = Config(batch_size=5, train_px=32, val_px=32, val_resize_px=36, workers=2)
+CONFIG = Config(batch_size=5, val_batch_size=5, train_px=32, val_px=32, val_resize_px=36, workers=2)
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore:::PIL")  # of what it finds in broken files
 WAIT_S = 20  # for what takes milliseconds on an idle machine
 

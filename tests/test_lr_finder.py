@@ -87,3 +87,17 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
     assert again.returncode == 0, again.stderr
     assert (folder / "last.pt").read_bytes() == weights
     assert json.loads((folder / "lr_finder.json").read_text()) == curve
+
+
+def test_crops_that_grow_are_tested_at_their_first_size(tmp_path: Path) -> None:
+    make_images(tmp_path / "images", images=16)
+    found = run_stage_command(
+        *("lr_finder.py", "--runs-folder", tmp_path / "runs", "--name", "run"),
+        *("--train-folder-name", tmp_path / "images/train"),
+        *("--val-folder-name", tmp_path / "images/val", "--batch-size", 16, "--workers", 1),
+        *("--first-train-px", 32, "--train-px", 64, "--epochs", 2, "--precision", "fp32"),
+        *("--px-ramp-start", 0, "--px-ramp-end", 1, "--steps", 40, "--last-lr", 100, "--seed", 1),
+    )
+    assert found.returncode == 0, found.stderr
+    assert "the first epoch's 32 px" in found.stdout
+    assert json.loads((tmp_path / "runs/run/lr_finder.json").read_text())["train_px"] == 32

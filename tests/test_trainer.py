@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -178,9 +179,14 @@ def test_workers_and_repetition_change_nothing(settings: dict[str, object]) -> N
     assert outcome(other)["weights"] != outcomes[0]["weights"]
 
 
-def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object]) -> None:
-    """Every step of a run in turn is its last before a restart; in one process, for speed."""
-    config = Config(**settings)
+@pytest.mark.parametrize("first_px", [0, 32])
+def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], first_px: int) -> None:
+    """Every step of a run in turn is its last before a restart; in one process, for speed.
+
+    The crops are of one size, or of 32 px in the first epoch and of 64 px in the second.
+    """
+    sizes = {"first_train_px": first_px, "train_px": 64} if first_px else {}
+    config = Config(**{**settings, **sizes})
     train_set, _, _ = data.open_images(config)
     folder = Path(settings["runs_folder"])
     folder.mkdir()
@@ -212,13 +218,11 @@ def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object]) -> N
             path.unlink()
 
 
-def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> None:
-    """The real command, stopped by SIGTERM or SIGINT a step or so after each start."""
-    train(settings)
-    stopped = {**settings, "name": "stopped", "log_interval_s": 1e-9}
+def stop_again_and_again(stopped: dict[str, object], signals: list[signal.Signals]) -> list[int]:
+    """Start the real command, stop it a step or so later, until it ends; the steps of its stops."""
     folder = run_folder(stopped)
     ends = []
-    for number in [signal.SIGTERM, signal.SIGINT] * 4:
+    for number in signals:
         log = folder / "train.log"
         seen = log.read_text().count("  step ") if log.exists() else 0
         process = subprocess.Popen(
@@ -240,10 +244,169 @@ def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> 
         assert code == 75
         ends.append(checkpoint.load_latest(folder / "checkpoints")["step"])
     assert code == 0
+    return ends
+
+
+def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> None:
+    """The real command, stopped by SIGTERM or SIGINT a step or so after each start."""
+    train(settings)
+    stopped = {**settings, "name": "stopped", "log_interval_s": 1e-9}
+    folder = run_folder(stopped)
+    ends = stop_again_and_again(stopped, [signal.SIGTERM, signal.SIGINT] * 4)
     assert len(ends) >= 2
     assert ends == sorted(ends)
     assert "everything is saved" in (folder / "train.log").read_text()
     assert outcome(stopped) == outcome(settings)
+
+
+def growing(settings: dict[str, object]) -> dict[str, object]:
+    """Three epochs of three steps at 32, 64 and 96 px."""
+    ramp = {"px_ramp_start": 0.0, "px_ramp_end": 1.0}
+    return {**settings, "epochs": 3, "first_train_px": 32, "train_px": 96, **ramp}
+
+
+def test_a_run_whose_crops_grow_says_so_and_goes_on_at_the_same_size(
+    settings: dict[str, object],
+) -> None:
+    """The real command, stopped again and again, across both changes of size."""
+    whole = {**growing(settings), "name": "whole"}
+    train(whole)
+    stopped = {**growing(settings), "name": "stopped", "log_interval_s": 1e-9}
+    assert len(stop_again_and_again(stopped, [signal.SIGTERM] * 14)) >= 2
+    assert outcome(stopped) == outcome(whole)
+    folder = run_folder(stopped)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train_px"] for row in rows] == [32, 64, 96]
+
+    changed = run_stage_command(
+        "trainer.py", *as_options({**stopped, "px_ramp_end": 0.5, "extra_epochs": 1})
+    )
+    assert changed.returncode == 2
+    assert "px_ramp_end was 1.0, is 0.5" in changed.stderr
+    train({**stopped, "extra_epochs": 1})
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["epoch"], last["train_px"]) == (4, 96)
+
+
+def test_a_run_from_before_the_crops_could_grow_keeps_their_size(
+    settings: dict[str, object],
+) -> None:
+    train(settings)
+    folder = run_folder(settings) / "checkpoints"
+    state = checkpoint.load_latest(folder)
+    for name in ("first_train_px", "px_ramp_start", "px_ramp_end", "val_batch_size", "compile"):
+        del state["config"][name]
+    checkpoint.save(folder, state)
+    grown = {**settings, "train_px": 32, "first_train_px": 32, "extra_epochs": 1}
+    refused = run_stage_command("trainer.py", *as_options(grown))
+    assert refused.returncode == 2
+    assert "first_train_px was 0, is 32" in refused.stderr
+    train({**settings, "extra_epochs": 1})
+
+
+def test_every_size_is_loaded_at_every_epoch(settings: dict[str, object]) -> None:
+    config = Config(**growing(settings))
+    train_set, _, _ = data.open_images(config)
+    for epoch, px in enumerate((32, 64, 96, 96)):
+        images, _ = next(data.train_batches(train_set, config, epoch))
+        assert images.shape == (8, px, px, 3)
+
+
+def test_what_is_left_counts_larger_steps_for_more(settings: dict[str, object]) -> None:
+    config = Config(**growing(settings))
+    # One step of 32 px, three of 64 px, which are four each, three of 96 px, which are nine each.
+    assert trainer.steps_left(config, epoch=0, step=2, steps_per_epoch=3) == 1 + 3 * 4 + 3 * 9
+    assert trainer.steps_left(config, epoch=2, step=9, steps_per_epoch=3) == 0
+    plain = Config(**settings)
+    assert trainer.steps_left(plain, epoch=0, step=1, steps_per_epoch=3) == 5
+
+
+def test_the_size_of_a_validation_batch_changes_no_count(settings: dict[str, object]) -> None:
+    config = Config(**settings)
+    _, val_set, _ = data.open_images(config)
+    run = trainer.new_run(config, 3)
+    rows = []
+    for size in (1, 4, 8, 512):
+        batches = list(data.val_batches(val_set, dataclasses.replace(config, val_batch_size=size)))
+        assert len(batches[0][1]) == min(size, 21)
+        rows.append(trainer.evaluate(run.model, iter(batches), run.device, "fp32", Event()))
+    for row in rows:
+        assert row["val_images"] == 21
+        assert math.isclose(row["val_loss"], rows[0]["val_loss"], rel_tol=1e-5)
+        for name in ("val_correct1", "val_correct5"):
+            assert row[name] == rows[0][name]
+
+
+def test_a_compiled_run_goes_on_exactly_and_its_checkpoint_is_anyones(
+    settings: dict[str, object],
+) -> None:
+    """A stop and another start give the same weights, bit for bit; names are torchvision's."""
+    config = Config(**{**settings, "compile": True, "zero_init_residual": True})
+    train_set, _, _ = data.open_images(config)
+    folder = Path(settings["runs_folder"])
+    folder.mkdir()
+
+    def steps(run: trainer.Run, last: int) -> trainer.Run:
+        run.model.train()
+        while run.step < last:
+            epoch, first = divmod(run.step, 3)
+            for images, labels in data.train_batches(train_set, config, epoch, first):
+                trainer.train_step(run, images, labels, 1e-3)
+                if run.step == last:
+                    break
+        return run
+
+    undisturbed = steps(trainer.new_run(config, 3), 5)
+    stopped = steps(trainer.new_run(config, 3), 2)
+    checkpoint.save(folder, stopped.state())
+    state = checkpoint.load_latest(folder)
+    assert set(state["model"]) == set(torchvision.models.resnet50(num_classes=3).state_dict())
+    resumed = trainer.new_run(config, 3)
+    resumed.load(state)
+    steps(resumed, 5)
+    for name, value in undisturbed.model.model.state_dict().items():
+        assert torch.equal(resumed.model.model.state_dict()[name], value), name
+
+    # From the same checkpoint, the same step without compile: equal but for rounding.
+    eager = trainer.new_run(dataclasses.replace(config, compile=False), 3)
+    assert (eager.compiled, stopped.compiled is None) == (None, False)
+    images, labels = next(data.train_batches(train_set, config, epoch=0))
+    losses = []
+    for run in (eager, stopped):
+        run.load(state)
+        run.model.train()
+        losses.append(trainer.train_step(run, images, labels, 1e-3).item())
+    assert math.isclose(*losses, rel_tol=1e-4)
+    for name, value in stopped.model.named_buffers():
+        assert torch.allclose(eager.model.state_dict()[name], value, rtol=1e-3, atol=1e-4), name
+
+
+def test_only_whole_batches_are_compiled(settings: dict[str, object]) -> None:
+    run = trainer.new_run(Config(**settings), 3)
+    seen = []
+
+    def compiled(images: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(images.shape))
+        return run.model(images)
+
+    run.compiled, run.compiled_batch_size = compiled, 8
+    for images, px in ((8, 32), (5, 32), (8, 64)):
+        batch = torch.zeros((images, px, px, 3), dtype=torch.uint8)
+        trainer.train_step(run, batch, torch.zeros(images, dtype=torch.int64), 0.0)
+    assert seen == [(8, 3, 32, 32), (8, 3, 64, 64)]
+
+
+def test_compile_without_a_compiler_ends_with_one_line(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    nowhere = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_stage_command("trainer.py", *as_options(settings), "--compile", env=nowhere)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "C++ compiler" in line
+    assert "--compile" in line
+    assert "Traceback" not in done.stderr
+    assert not Path(settings["runs_folder"]).exists()
 
 
 def test_a_dry_run_says_everything_and_writes_nothing(settings: dict[str, object]) -> None:
@@ -255,6 +418,13 @@ def test_a_dry_run_says_everything_and_writes_nothing(settings: dict[str, object
     for epoch in (1, 2, 3):
         assert f"epoch   {epoch}  {learning_rate(config, 3 * epoch, 3):.7f}" in done.stdout
     assert "at $2.00 an hour" in done.stdout
+    assert done.stdout.count("32 px: ") == 1
+
+    grown = train(growing(settings), "--dry-run").stdout
+    rates = [f"{learning_rate(config, 3 * epoch, 3):.7f}" for epoch in (1, 2, 3)]
+    for epoch, (rate, px) in enumerate(zip(rates, (32, 64, 96), strict=True), start=1):
+        assert f"epoch   {epoch}  {rate}  {px} px" in grown
+        assert f"{px} px: " in grown  # its timed steps
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(settings: dict[str, object]) -> None:
@@ -330,3 +500,28 @@ def test_a_run_begun_on_a_gpu_goes_on_without_loss_scaling(settings: dict[str, o
     assert run.state()["scaler"] == {}
     scaled = dataclasses.replace(run, scaler=torch.amp.GradScaler("cpu", enabled=True))
     scaled.load(run.state())  # and the other way round
+
+
+def test_a_steps_memory_serves_the_next_one() -> None:
+    """Page faults of a large tensor, made ten times over: once for all instead of every time."""
+    program = """if True:
+        import resource, torch, trainer
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.ones(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        usual = faults()
+        trainer.keep_freed_memory()
+        print(usual, faults())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    usual, kept = map(int, done.stdout.split())
+    assert kept < usual / 4

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import utils
-from utils import RECIPES, Config, UserError, learning_rate
+from utils import RECIPES, Config, UserError, learning_rate, train_px
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -70,6 +70,54 @@ def test_extra_epochs_are_a_cycle_of_their_own() -> None:
     rates = [learning_rate(config, step, 10) for step in range(50)]
     assert rates[:30] == [learning_rate(plain, step, 10) for step in range(30)]
     assert rates[30:] == [learning_rate(extra, step, 10) for step in range(20)]
+
+
+def test_crops_grow_from_the_first_size_to_the_last() -> None:
+    config = Config(epochs=11, first_train_px=96, train_px=224, px_ramp_start=0.2, px_ramp_end=0.8)
+    sizes = [train_px(config, epoch) for epoch in range(11)]
+    # From 96 px at epoch 2 to 224 px at epoch 8: 21.3 px an epoch, to the nearest 32.
+    assert sizes == [96, 96, 96, 128, 128, 160, 192, 192, 224, 224, 224]
+    assert [train_px(config, epoch) for epoch in (11, 12, 500)] == [224] * 3  # the extra epochs
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 16, 50])
+@pytest.mark.parametrize(("first", "last"), [(64, 64), (64, 96), (128, 176), (32, 200), (160, 224)])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.35, 0.85), (0.0, 0.01), (0.99, 1.0)])
+def test_any_ramp_rises_in_steps_of_32_and_ends_at_train_px(
+    epochs: int, first: int, last: int, start: float, end: float
+) -> None:
+    config = Config(
+        epochs=epochs, first_train_px=first, train_px=last, px_ramp_start=start, px_ramp_end=end
+    )
+    utils.check_config(dataclasses.replace(config, val_resize_px=256))
+    sizes = [train_px(config, epoch) for epoch in range(epochs)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == last
+    assert epochs == 1 or sizes[0] == first
+    assert all(px == last or px % 32 == 0 for px in sizes)
+
+
+def test_without_a_first_size_all_crops_have_the_same() -> None:
+    assert {train_px(Config(train_px=200), epoch) for epoch in range(60)} == {200}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"first_train_px": 100}, "first_train_px is 100.*multiple of 32"),
+        ({"first_train_px": 256}, "first_train_px is 256.*at most train_px, 224"),
+        ({"first_train_px": -32}, "first_train_px is -32"),
+        ({"px_ramp_start": -0.1}, "px_ramp_start is -0.1"),
+        ({"px_ramp_end": 1.5}, "px_ramp_end 1.5"),
+        ({"px_ramp_start": 0.5, "px_ramp_end": 0.5}, "the start below the end"),
+        ({"px_ramp_end": math.nan}, "px_ramp_end nan"),
+        ({"val_batch_size": 0}, "val_batch_size is 0"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(changed: dict[str, float], says: str) -> None:
+    utils.check_config(Config())
+    with pytest.raises(UserError, match=says):
+        utils.check_config(dataclasses.replace(Config(), **changed))
 
 
 def test_the_defaults_are_the_reference_runs() -> None:

@@ -1,0 +1,66 @@
+"""scripts/benchmark_step.py: the real command, at the smallest size that says anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, make_images, run_stage_command
+
+SCRIPT = REPOSITORY / "scripts" / "benchmark_step.py"
+
+
+def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> None:
+    make_images(tmp_path / "images", classes=2, images=6)
+    output = tmp_path / "step.json"
+    done = run_stage_command(
+        *(SCRIPT, "--px", 64, 32, "--batch-size", 4, "--pairs", 2, "--block-steps", 1),
+        *("--train-folder-name", tmp_path / "images/train", "--workers", 1),
+        *("--precision", "fp32", "--loss-curve", 3, "--output", output),
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    assert set(record) == {
+        *("settings", "hardware", "versions", "sizes", "loss_curve", "flop_per_image_at_224_px"),
+        *("peak_flops", "peak_flops_measured_by"),
+    }
+    assert record["settings"]["batch_size"] == 4
+    assert record["hardware"]["precision"] == "fp32"
+    assert {"torch", "torchvision"} <= set(record["versions"])
+    assert [size["px"] for size in record["sizes"]] == [64, 32]
+    for size in record["sizes"]:
+        for name in ("reference", "ours"):
+            assert size[f"{name}_img_per_s"]["median"] > 0
+            assert 0 < size[f"{name}_share_of_peak"] < 1
+            assert size[name]["first_step_s"] > 0
+            # At the least the weights, their gradients and their momentum.
+            assert size[name]["peak_bytes"] > 3 * 4 * 25_557_032
+        for name in ("ratio", "kept_with_loader"):
+            assert 0 < size[name]["min"] <= size[name]["median"] <= size[name]["max"]
+        assert f"{size['ratio']['median']:.2f} (" in done.stdout
+    curves = record["loss_curve"]
+    assert {name: len(values) for name, values in curves["losses"].items()} == {
+        "ours": 3, "reference": 3, "noise": 3,
+    }  # fmt: skip
+    # The same weights and the same pictures, in fp32: the first losses are the same.
+    assert curves["losses"]["ours"][0] == pytest.approx(curves["losses"]["reference"][0], rel=1e-3)
+    assert curves["losses"]["noise"][0] != curves["losses"]["reference"][0]
+    assert curves["ours_from_reference"]["largest"] >= curves["ours_from_reference"]["mean"]
+    assert "loss over 3 steps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--loss-curve", "5"], "--train-folder-name"),
+        (["--px", "16"], "32 px or more"),
+        (["--batch-size", "1"], "batch_size is 1"),
+        (["--train-folder-name", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_nonsense_ends_with_one_line(options: list[str], says: str) -> None:
+    done = run_stage_command(SCRIPT, *options)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert says in line

@@ -37,6 +37,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+import image_files
 import trainer
 import utils
 from utils import (
@@ -372,7 +373,7 @@ def main() -> None:
     )
     check_config(config)
     if options.train_folder_name:
-        images = len(data.open_image_set(options.train_folder_name).files)
+        images = len(image_files.open_image_set(options.train_folder_name, "train"))
         if images < config.batch_size:
             raise UserError(
                 f"batch_size is {config.batch_size}, but {options.train_folder_name} has {images} "

@@ -98,7 +98,7 @@ class ImageSet:
             name = self.names[start : self._ends[index]]
             with open(os.path.join(self._folder_name, name), "rb", buffering=0) as file:
                 data = file.read()
-            return data, plain_jpeg_size(data)
+            return encoded(data)
         position = int(self.positions[index])
         data = self.store.read(position)
         *_, height, width, _ = self.store.records.item(position)
@@ -384,6 +384,11 @@ def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------ one image
+
+
+def encoded(data: bytes) -> Encoded:
+    """A file's content as `ImageSet.read` gives it."""
+    return data, plain_jpeg_size(data)
 
 
 def decode(data: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:

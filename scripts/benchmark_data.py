@@ -6,8 +6,9 @@ PHOTOS is a folder of class folders. Its JPEGs are repeated until there are --im
 lie three times in a temporary folder: as they are, as a store packed to --max-side and --quality,
 and as FFCV's file with the same settings. Each pipeline then makes random crops of them all, once
 as a warm-up and --repeats times against the clock, in a process of its own that is bound to the
-cores named: one round of each in turn, so that what the machine does beside meets all alike. The
-pictures are in the page cache. A ratio is that of two pipelines within a round.
+cores named: one round of each in turn, so that what the machine does beside meets all alike, while
+the other processes are stopped by a signal. The pictures are in the page cache. A ratio is that of
+two pipelines within a round.
 
 FFCV and DALI take part where they are installed (requirements-bench.txt). Prints a table; --output
 takes a JSON file with all rounds, hardware and versions.
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -248,6 +250,7 @@ RATIOS = (
 
 def serve(connection: Connection, name: str, places: Places, px: int, cores: int) -> None:
     """Set up a pipeline on so many cores; each message is answered by the images a second."""
+    os.setsid()  # so that it is stopped together with its own processes
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     if name in OURS:
         keep_freed_memory()  # as the trainer does
@@ -327,17 +330,21 @@ def measure(
         process.start()
         theirs.close()  # so that a process that dies is noticed
         try:
-            connection.recv()  # warmed up: no other one runs beside
+            connection.recv()  # warmed up
         except EOFError:
             raise UserError(f"{name} failed, see above: choose others with --pipelines") from None
+        os.killpg(process.pid, signal.SIGSTOP)  # some prepare more, or spin
         servers[name] = process, connection
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
-        for name, (_, connection) in servers.items():
+        for name, (process, connection) in servers.items():
             connection.send(True)
+            os.killpg(process.pid, signal.SIGCONT)
             rates[name].append(connection.recv())
+            os.killpg(process.pid, signal.SIGSTOP)
     for process, connection in servers.values():
         connection.send(False)
+        os.killpg(process.pid, signal.SIGCONT)
         process.join()
     return rates
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import tiled_jpeg
 from image_files import Encoded, ImageSet, decode_plain_jpeg, decode_with_pillow
 from utils import MEAN, STD, Config, UserError, train_px
 
@@ -88,10 +89,10 @@ def random_crop(
 def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np.ndarray) -> None:
     """Write the training crop of an image into `out`, uint8 (px, px, 3).
 
-    Decoded at the smallest of the scales 1, 1/2, 1/4 and 1/8 at which the crop still covers `out`
-    (libjpeg-turbo is slower at the others than at full size), then resized bilinearly. Less than
-    half is left to shrink, where averaging over areas takes six times as long and trains no better:
-    benchmarks/resize_64px.json.
+    Of a tiled JPEG, only the tiles under the crop are decoded: the same pixels, for less. The scale
+    is the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still covers `out` (libjpeg-turbo is
+    slower at the others than at full size); then it is resized bilinearly. Less than half is left
+    to shrink, where averaging over areas takes up to six times as long.
     """
     px = out.shape[0]
     data, size = encoded
@@ -101,6 +102,10 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
         config.seed, epoch, index, height, width, config.crop_min_scale
     )
     if picture is None:
+        part = tiled_jpeg.cut(data, top, left, crop_height, crop_width)
+        if part is not None:
+            data, part_top, part_left, height, width = part
+            top, left = top - part_top, left - part_left
         shrink = min(crop_height, crop_width) // px
         scale = next((scale for scale in (8, 4, 2) if shrink >= scale), 1)
         least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)

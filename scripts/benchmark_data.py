@@ -4,11 +4,11 @@
 
 PHOTOS is a folder of class folders. Its JPEGs are repeated until there are --images of them, and
 lie three times in a temporary folder: as they are, as a store packed to --max-side and --quality,
-and as FFCV's file with the same settings. Each pipeline then makes random crops of them all, once
-as a warm-up and --repeats times against the clock, in a process of its own that is bound to the
-cores named: one round of each in turn, so that what the machine does beside meets all alike, while
-the other processes are stopped by a signal. The pictures are in the page cache. A ratio is that of
-two pipelines within a round.
+and as FFCV's file with the same settings. Each pipeline then makes random crops of them without
+end, in a process of its own that is bound to the cores named: --seconds as a warm-up, then as long
+against the clock, --repeats times. One round of each in turn, so that what the machine does beside
+meets all alike, while the other processes are stopped by a signal. The pictures are in the page
+cache. A ratio is that of two pipelines within a round.
 
 FFCV and DALI take part where they are installed (requirements-bench.txt). Prints a table; --output
 takes a JSON file with all rounds, hardware and versions.
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,6 +54,7 @@ from utils import (
 )
 
 BATCH_SIZE = 256
+EPOCHS = 20  # one after another as one, for real ones are 400 times as long
 PACKAGES = (
     *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
     *("ffcv", "nvidia-dali-cuda130"),
@@ -70,8 +71,10 @@ class BenchmarkOptions:
     """sides of the crops, in pixels"""
     cores: tuple[int, ...] = (1, 0)
     """cores to use; 0: all"""
-    images: int = 1800
-    """pictures in a round"""
+    images: int = 3000
+    """pictures, none twice before all were used once"""
+    seconds: float = 3.0
+    """length of a round, up to the end of a batch"""
     repeats: int = 5
     """rounds of each pipeline"""
     max_side: int = 400
@@ -96,12 +99,12 @@ class Places:
 
 # ------------------------------------------------------------------------------ pipelines
 
-# Given where the pictures lie, the side of the crops and the cores: what goes through all once,
-# and returns their number. Packages are imported there, for each runs in a process of its own.
-Pipeline = Callable[[Places, int, int], Callable[[], int]]
+# Given where the pictures lie, the side of the crops and the cores: the sizes of batches as they
+# become ready, without end. Packages are imported there, for each runs in a process of its own.
+Pipeline = Callable[[Places, int, int], Iterator[int]]
 
 
-def torchvision_originals(places: Places, px: int, cores: int) -> Callable[[], int]:
+def torchvision_originals(places: Places, px: int, cores: int) -> Iterator[int]:
     """The reference run's: ImageFolder on Pillow, a worker process a core, floats."""
     import torch
     import torchvision
@@ -117,46 +120,43 @@ def torchvision_originals(places: Places, px: int, cores: int) -> Callable[[], i
         ]
     )
     loader = torch.utils.data.DataLoader(
-        torchvision.datasets.ImageFolder(places.originals, transform),
+        torch.utils.data.ConcatDataset(
+            [torchvision.datasets.ImageFolder(places.originals, transform)] * EPOCHS
+        ),
         BATCH_SIZE,
         shuffle=True,
         num_workers=cores,
         persistent_workers=True,
     )
-    return lambda: sum(len(labels) for _, labels in loader)
+    while True:
+        yield from (len(labels) for _, labels in loader)
 
 
-def ours(folder_name: str, px: int, cores: int) -> Callable[[], int]:
+def ours(folder_name: str, px: int, cores: int) -> Iterator[int]:
     """data.train_batches on a folder or a store, a thread a core."""
     import data
     import image_files
 
     images = image_files.open_image_set(folder_name, "train")
     config = dataclasses.replace(Config(), train_px=px, batch_size=BATCH_SIZE, workers=cores)
-    epoch = 0
-
-    def run() -> int:
-        nonlocal epoch
-        epoch += 1
-        order = data.epoch_order(0, epoch, len(images))
-        fill = functools.partial(data.fill_train, config, epoch)
+    fill = functools.partial(data.fill_train, config, 0)
+    order = np.concatenate([data.epoch_order(0, epoch, len(images)) for epoch in range(EPOCHS)])
+    while True:
         batches = data.batches(images, fill, order, BATCH_SIZE, px, cores)
-        return sum(len(labels) for _, labels in batches)
-
-    return run
+        yield from (len(labels) for _, labels in batches)
 
 
-def ours_originals(places: Places, px: int, cores: int) -> Callable[[], int]:
+def ours_originals(places: Places, px: int, cores: int) -> Iterator[int]:
     """Ours on the folder of originals."""
     return ours(str(places.originals), px, cores)
 
 
-def ours_store(places: Places, px: int, cores: int) -> Callable[[], int]:
+def ours_store(places: Places, px: int, cores: int) -> Iterator[int]:
     """Ours on the store."""
     return ours(str(places.store), px, cores)
 
 
-def decode_only(places: Places, px: int, cores: int) -> Callable[[], int]:
+def decode_only(places: Places, px: int, cores: int) -> Iterator[int]:
     """The limit: our decoder on the store, whole pictures, a thread a core, nothing else."""
     import image_files
 
@@ -169,21 +169,25 @@ def decode_only(places: Places, px: int, cores: int) -> Callable[[], int]:
             image_files.decode_plain_jpeg(images.read(index)[0])
         return len(indexes)
 
-    return lambda: sum(pool.map(some, range(0, len(images), 16)))
+    while True:
+        tasks = [pool.submit(some, start) for start in range(0, len(images), 16)]
+        yield from (task.result() for task in tasks)
 
 
-def ffcv(places: Places, px: int, cores: int) -> Callable[[], int]:
+def ffcv(places: Places, px: int, cores: int) -> Iterator[int]:
     """FFCV on its own file, uint8 out."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
 
+    images = len(list(places.unpacked.glob("*/*")))
     loader = Loader(
         str(places.ffcv),
         batch_size=BATCH_SIZE,
         num_workers=cores,
         os_cache=True,
         order=OrderOption.RANDOM,
+        indices=np.tile(np.arange(images), EPOCHS),
         pipelines={
             "image": [
                 RandomResizedCropRGBImageDecoder((px, px)),
@@ -193,10 +197,11 @@ def ffcv(places: Places, px: int, cores: int) -> Callable[[], int]:
             "label": [IntDecoder(), ToTensor()],
         },
     )
-    return lambda: sum(len(labels) for _, labels in loader)
+    while True:
+        yield from (len(labels) for _, labels in loader)
 
 
-def dali(places: Places, px: int, cores: int) -> Callable[[], int]:
+def dali(places: Places, px: int, cores: int) -> Iterator[int]:
     """DALI without a GPU on the store's pictures as files: fused decoding of crops, uint8 out."""
     from nvidia.dali import fn, pipeline_def, types
 
@@ -213,19 +218,9 @@ def dali(places: Places, px: int, cores: int) -> Callable[[], int]:
 
     built = pipeline()
     built.build()
-    images = built.epoch_size("reader")
-    ready = 0  # of the last batch, that the next round counts: batches run across its end
-
-    def run() -> int:
-        nonlocal ready
-        ready += images
-        rounds = -(-ready // BATCH_SIZE)
-        for _ in range(rounds):
-            built.run()
-        ready -= rounds * BATCH_SIZE
-        return rounds * BATCH_SIZE
-
-    return run
+    while True:
+        built.run()
+        yield BATCH_SIZE
 
 
 PIPELINES: dict[str, Pipeline] = {
@@ -248,19 +243,27 @@ RATIOS = (
 )
 
 
-def serve(connection: Connection, name: str, places: Places, px: int, cores: int) -> None:
+def serve(
+    connection: Connection, name: str, places: Places, px: int, cores: int, seconds: float
+) -> None:
     """Set up a pipeline on so many cores; each message is answered by the images a second."""
     os.setsid()  # so that it is stopped together with its own processes
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     if name in OURS:
         keep_freed_memory()  # as the trainer does
-    run = PIPELINES[name](places, px, cores)
-    run()  # compiles, fills caches
+    batch_sizes = PIPELINES[name](places, px, cores)
+
+    def images_per_s() -> float:
+        started, images = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - started) < seconds:
+            images += next(batch_sizes)
+        return images / elapsed
+
+    images_per_s()  # compiles, fills caches
     connection.send(None)
     while connection.recv():
-        started = time.perf_counter()
-        images = run()
-        connection.send(images / (time.perf_counter() - started))
+        connection.send(images_per_s())
+    os._exit(0)  # whatever threads and processes it has
 
 
 # ------------------------------------------------------------------------------ the measurement
@@ -319,14 +322,16 @@ def write_ffcv(places: Places, options: BenchmarkOptions) -> None:
 
 
 def measure(
-    names: list[str], places: Places, px: int, cores: int, repeats: int
+    names: list[str], places: Places, px: int, cores: int, options: BenchmarkOptions
 ) -> dict[str, list[float]]:
     """Images a second of each pipeline, round by round."""
     context = multiprocessing.get_context("spawn")
     servers = {}
     for name in names:
         connection, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, name, places, px, cores))
+        process = context.Process(
+            target=serve, args=(theirs, name, places, px, cores, options.seconds)
+        )
         process.start()
         theirs.close()  # so that a process that dies is noticed
         try:
@@ -336,7 +341,7 @@ def measure(
         os.killpg(process.pid, signal.SIGSTOP)  # some prepare more, or spin
         servers[name] = process, connection
     rates: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for name, (process, connection) in servers.items():
             connection.send(True)
             os.killpg(process.pid, signal.SIGCONT)
@@ -398,10 +403,10 @@ def main() -> None:
     unknown = set(options.pipelines) - set(PIPELINES)
     if unknown:
         raise UserError(f"no pipeline {sorted(unknown)[0]!r}: there are {', '.join(PIPELINES)}")
-    for name in ("px", "images", "repeats", "max_side"):
+    for name in ("px", "images", "repeats", "seconds", "max_side"):
         values = getattr(options, name)
-        if min(values if isinstance(values, tuple) else (values,), default=0) < 1:
-            raise UserError(f"{name} is {values}: it must be 1 or more")
+        if min(values if isinstance(values, tuple) else (values,), default=0) <= 0:
+            raise UserError(f"{name} is {values}: it must be above 0")
     missing = {name for name, module in NEEDS.items() if not installed(module)}
     names = [name for name in PIPELINES if name in (options.pipelines or PIPELINES)]
     for name in missing & set(names):
@@ -422,7 +427,7 @@ def main() -> None:
         log.info("pictures: %s", pictures)
         for px in options.px:
             for cores in dict.fromkeys(cores or all_cores for cores in options.cores):
-                rates = measure(names, places, px, cores, options.repeats)
+                rates = measure(names, places, px, cores, options)
                 results.append({"px": px, "cores": cores, **summary(rates)})
                 print_table(results[-1])
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
@@ -433,6 +438,7 @@ def main() -> None:
             "max_side": options.max_side,
             "quality": options.quality,
             "batch_size": BATCH_SIZE,
+            "seconds": options.seconds,
         },
         "results": results,
         "hardware": {

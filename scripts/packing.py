@@ -26,10 +26,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import simplejpeg
 import tqdm
 
 import image_files
+import tiled_jpeg
 from checkpoint import watch_for_interruption
 from store import PARTS, Store, StoreWriter, open_store
 from utils import EXIT_INTERRUPTED, UserError, format_duration, log
@@ -391,8 +391,7 @@ def prepare(read: Read, max_side: int, quality: int) -> Prepared:
         target = _shrunk(picture.shape[:2], max_side)
     height, width = target
     resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-    encoded = simplejpeg.encode_jpeg(resized, quality, colorspace="RGB", colorsubsampling="420")
-    return encoded, height, width, True
+    return tiled_jpeg.encode(resized, quality), height, width, True
 
 
 def _shrunk(size: tuple[int, int], max_side: int) -> tuple[int, int]:

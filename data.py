@@ -34,8 +34,8 @@ cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would
 _philox = threading.local()  # a generator and its state for each thread: making them is slow
 
 
-def random_words(seed: int, epoch: int, index: int, count: int) -> np.ndarray:
-    """`count` random uint64 that depend on (seed, epoch, index) alone.
+def random_words(seed: int, epoch: int, index: int) -> np.random.Philox:
+    """This thread's generator of random uint64, where those of (seed, epoch, index) begin.
 
     Philox is a counter turned into noise (Salmon et al., SC 2011): there is no state to keep, and
     NumPy promises that its raw stream stays the same in later versions.
@@ -47,13 +47,13 @@ def random_words(seed: int, epoch: int, index: int, count: int) -> np.ndarray:
     place["key"][:] = epoch, seed
     place["counter"][1] = index
     _philox.generator.state = _philox.state
-    return _philox.generator.random_raw(count)
+    return _philox.generator
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
     """The order of an epoch: each of range(images) once, int64."""
     # Counted from 0 up, the indexes of images never reach this one.
-    return np.argsort(random_words(seed, epoch, 2**64 - 1, images), kind="stable")
+    return np.argsort(random_words(seed, epoch, 2**64 - 1).random_raw(images), kind="stable")
 
 
 def random_crop(
@@ -65,12 +65,13 @@ def random_crop(
     ratio=(3/4, 4/3)) and RandomHorizontalFlip(0.5): ten tries, then the largest central crop
     within the ratios.
     """
-    words = random_words(seed, epoch, index, 41).tolist()
+    word = random_words(seed, epoch, index).random_raw
+    mirrored = word() < 2**63
     log_ratio = math.log(4 / 3)
-    for try_ in range(1, 41, 4):
+    for _ in range(10):
         area_draw, ratio_draw, top_draw, left_draw = [
-            (word >> 11) * 2.0**-53
-            for word in words[try_ : try_ + 4]  # [0, 1)
+            (word() >> 11) * 2.0**-53  # [0, 1)
+            for _ in range(4)
         ]
         area = height * width * (min_scale + area_draw * (1 - min_scale))
         ratio = math.exp(log_ratio * (2 * ratio_draw - 1))  # width over height
@@ -78,12 +79,10 @@ def random_crop(
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = int(top_draw * (height - crop_height + 1))
             left = int(left_draw * (width - crop_width + 1))
-            break
-    else:
-        crop_width = min(width, round(height * 4 / 3))
-        crop_height = min(height, round(width * 4 / 3))
-        top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return top, left, crop_height, crop_width, words[0] < 2**63
+            return top, left, crop_height, crop_width, mirrored
+    crop_width = min(width, round(height * 4 / 3))
+    crop_height = min(height, round(width * 4 / 3))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, mirrored
 
 
 def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np.ndarray) -> None:

@@ -17,10 +17,11 @@ import cv2
 import numpy as np
 
 BLOCK_PX = 16  # side of what is coded together with colours at half size (4:2:0)
-MARKERS = tuple(bytes((0xFF, 0xD0 + number)) for number in range(8))  # RST0 to RST7, in turn
+FIRST_MARKER = 0xD0  # RST0; up to RST7 in turn
+END_OF_IMAGE = 0xD9
 _NAME = b"TILES\0"
 # Marker and length of the segment, its name, positions of the frame header and of the first tile,
-# blocks in a tile; behind it the length of each tile, two bytes each.
+# blocks in a tile; behind it the length of each tile with its marker, two bytes each.
 _TABLE = struct.Struct(">2sH6s3H")
 _TABLE_AT = 20  # behind the start of the image and its JFIF segment
 
@@ -64,8 +65,8 @@ def _with_table(jpeg: bytes) -> bytes:
     first = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4])
     # In coded data, 0xff is followed by 0 or by a marker.
     content = np.frombuffer(jpeg, np.uint8)[first:-2]
-    restarts = np.flatnonzero((content[:-1] == 0xFF) & (content[1:] >> 3 == MARKERS[0][1] >> 3))
-    lengths = np.diff(restarts, prepend=-2, append=len(content)) - 2
+    restarts = np.flatnonzero((content[:-1] == 0xFF) & (content[1:] >> 3 == FIRST_MARKER >> 3))
+    lengths = np.diff(restarts, prepend=-2, append=len(content))
     size = _TABLE.size + 2 * len(lengths)
     fits = max(lengths.max(), size) < 1 << 16
     if jpeg[2:4] != b"\xff\xe0" or not frame or not interval or not fits:
@@ -77,7 +78,7 @@ def _with_table(jpeg: bytes) -> bytes:
 
 def cut(
     jpeg: bytes | memoryview, top: int, left: int, height: int, width: int
-) -> tuple[bytes, int, int, int, int] | None:
+) -> tuple[bytearray, int, int, int, int] | None:
     """A JPEG of the tiles under a crop: its bytes, the top and left of its corner, its size.
 
     None for a JPEG that is not tiled. The rectangle must lie inside the picture.
@@ -89,28 +90,33 @@ def cut(
     count = (table_end - _TABLE_AT - _TABLE.size) // 2
     if name != _NAME or count < 1 or not table_end < frame < first < len(jpeg) or not interval:
         return None
-    lengths = np.frombuffer(jpeg, ">u2", count, _TABLE_AT + _TABLE.size)
-    begins = np.cumsum(lengths + np.int64(2)) + first
+    lengths = struct.unpack_from(f">{count}H", jpeg, _TABLE_AT + _TABLE.size)
+    starts = list(itertools.accumulate(lengths, initial=first))
     whole_height, whole_width = struct.unpack_from(">HH", jpeg, frame + 5)
     tile_px, columns = interval * BLOCK_PX, -(-whole_width // (interval * BLOCK_PX))
     # A program that changed the picture may have kept the segment: then it does not fit.
-    if begins[-1] != len(jpeg) or count != columns * -(-whole_height // BLOCK_PX):
+    if starts[-1] != len(jpeg) or count != columns * -(-whole_height // BLOCK_PX):
         return None
     first_row, end_row = top // BLOCK_PX, -(-(top + height) // BLOCK_PX)
     first_column, end_column = left // tile_px, -(-(left + width) // tile_px)
     part_top, part_left = first_row * BLOCK_PX, first_column * tile_px
     part_height = min(whole_height, end_row * BLOCK_PX) - part_top
     part_width = min(whole_width, end_column * tile_px) - part_left
-    pieces = [
-        jpeg[:_TABLE_AT],
-        jpeg[table_end : frame + 5],
-        struct.pack(">HH", part_height, part_width),
-        jpeg[frame + 9 : first],
-    ]
-    markers = itertools.cycle(MARKERS)
-    starts, ends = [first, *begins.tolist()], (begins - 2).tolist()
-    for row in range(first_row * columns, end_row * columns, columns):
-        for tile in range(row + first_column, row + end_column):
-            pieces += (jpeg[starts[tile] : ends[tile]], next(markers))
-    pieces[-1] = b"\xff\xd9"  # the end of the image
-    return b"".join(pieces), part_top, part_left, part_height, part_width
+    rows = range(first_row * columns, end_row * columns, columns)
+    part = bytearray().join(
+        [
+            *(jpeg[:_TABLE_AT], jpeg[table_end : frame + 5]),
+            struct.pack(">HH", part_height, part_width),
+            jpeg[frame + 9 : first],
+            *(jpeg[starts[row + first_column] : starts[row + end_column]] for row in rows),
+        ]
+    )
+    # Behind each tile stands a marker, whose number is to follow that of the one before.
+    position, number = first - (table_end - _TABLE_AT), 0
+    for row in rows:
+        for length in lengths[row + first_column : row + end_column]:
+            position += length
+            part[position - 1] = FIRST_MARKER + (number & 7)
+            number += 1
+    part[-1] = END_OF_IMAGE
+    return part, part_top, part_left, part_height, part_width

@@ -184,9 +184,14 @@ def batches(
             try:
                 fill(image_set.read(index), index, out)
             except (ValueError, OSError, cv2.error) as error:
+                advice = (
+                    "put a good copy there and give the same command again, or begin another run "
+                    "with --skip-bad-images"
+                )
+                if image_set.store is not None:  # whose errors say what mends it
+                    advice = "then give the same command again"
                 raise UserError(
-                    f"cannot read {image_set.path(index)} ({error}): put a good copy there and "
-                    "give the same command again, or begin another run with --skip-bad-images"
+                    f"cannot read {image_set.path(index)} ({error}): {advice}"
                 ) from error
 
     chunks = [

@@ -409,7 +409,7 @@ def main() -> None:
         originals = [path.stat().st_size for path in places.originals.glob("*/*")]
         pictures = {
             "images": len(packed),
-            "distinct": len({path.name[5:] for path in places.unpacked.glob("*/*")}),
+            "distinct": len({(path.parent, path.name[5:]) for path in places.unpacked.glob("*/*")}),
             "mean_bytes": float(np.mean(originals)),
             "packed_mean_bytes": float(np.mean(packed)),
         }

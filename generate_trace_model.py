@@ -107,7 +107,8 @@ def example_images(examples: dict[Path, int], config: Config) -> torch.Tensor:
     shape = (len(examples) or 2, config.val_px, config.val_px, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     for out, path in zip(pixels, examples, strict=False):
-        data.fill_val(config, path.read_bytes(), 0, out)
+        content = path.read_bytes()
+        data.fill_val(config, (content, image_files.plain_jpeg_size(content)), 0, out)
     return data.normalize(torch.from_numpy(pixels))
 
 

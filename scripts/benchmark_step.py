@@ -37,6 +37,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+import image_files
 import trainer
 import utils
 from utils import (
@@ -257,7 +258,7 @@ def quotients(numerators: list[float], denominators: list[float]) -> list[float]
 
 def whole_batches(config: Config, device: torch.device) -> Iterator[data.Batch]:
     """Batches of real pictures without end; an epoch's last one is left out if it is smaller."""
-    images = data.open_image_set(config.train_folder_name)
+    images = image_files.open_image_set(config.train_folder_name, "train")
     epochs = (
         data.train_batches(images, config, epoch, pin=device.type == "cuda")
         for epoch in itertools.count()
@@ -273,7 +274,7 @@ def loss_curves(px: int, steps: int, config: Config) -> dict[str, Any]:
     The measure of what is noise is a second reference, each of whose weights begins 0.1 % off: a
     change far below what anyone would call another start.
     """
-    classes = len(data.open_image_set(config.train_folder_name).classes)
+    classes = len(image_files.open_image_set(config.train_folder_name, "train").classes)
     run = trainer.new_run(config, classes)
     run.model.train()
     references = [Reference(classes, run.device, run.precision) for _ in range(2)]
@@ -372,7 +373,7 @@ def main() -> None:
     )
     check_config(config)
     if options.train_folder_name:
-        images = len(data.open_image_set(options.train_folder_name).files)
+        images = len(image_files.open_image_set(options.train_folder_name, "train"))
         if images < config.batch_size:
             raise UserError(
                 f"batch_size is {config.batch_size}, but {options.train_folder_name} has {images} "

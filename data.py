@@ -110,8 +110,9 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
         least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
         picture = decode_plain_jpeg(data, *least, fast=True)
         if picture.shape[0] != height:
+            bottom, right = round((top + crop_height) / scale), round((left + crop_width) / scale)
             top, left = round(top / scale), round(left / scale)
-            crop_height, crop_width = round(crop_height / scale), round(crop_width / scale)
+            crop_height, crop_width = bottom - top, right - left
     crop = picture[top : top + crop_height, left : left + crop_width]
     if mirrored and config.flip:
         cv2.flip(cv2.resize(crop, (px, px)), 1, dst=out)
@@ -188,9 +189,14 @@ def batches(
             try:
                 fill(image_set.read(index), index, out)
             except (ValueError, OSError, cv2.error) as error:
+                advice = (
+                    "put a good copy there and give the same command again, or begin another run "
+                    "with --skip-bad-images"
+                )
+                if image_set.store is not None:  # whose errors say what mends it
+                    advice = "then give the same command again"
                 raise UserError(
-                    f"cannot read {image_set.path(index)} ({error}): put a good copy there and "
-                    "give the same command again, or begin another run with --skip-bad-images"
+                    f"cannot read {image_set.path(index)} ({error}): {advice}"
                 ) from error
 
     chunks = [

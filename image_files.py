@@ -14,10 +14,12 @@ import functools
 import hashlib
 import io
 import itertools
+import lzma
 import os
 import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +49,12 @@ TURNS = {
 
 INDEX_NAME = ".image_index.npz"
 INDEX_VERSION = 1
+# What reading one raises that is missing or damaged: a bit may turn it into a zip that is encrypted
+# or compressed in a way unheard of (RuntimeError), or into a single array (TypeError).
+DAMAGED_INDEX = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 # How thoroughly a folder's files have been looked at.
 NOT_CHECKED, LOOKED_WHOLE, DECODED = 0, 1, 2
 
@@ -209,7 +217,10 @@ def _read_index(
 ) -> tuple[bytes, np.ndarray, int] | None:
     """What `_list` would find, as it was kept; None if nothing was, or a class folder changed."""
     try:
-        with np.load(folder / INDEX_NAME, allow_pickle=False) as index:
+        with (
+            open(folder / INDEX_NAME, "rb") as file,
+            np.load(file, allow_pickle=False) as index,
+        ):
             if (
                 int(index["version"]) != INDEX_VERSION
                 or os.fsdecode(index["classes"].tobytes()).split("\n") != list(classes)
@@ -217,7 +228,7 @@ def _read_index(
             ):
                 return None
             return index["names"].tobytes(), index["counts"], int(index["checked"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED_INDEX:
         return None  # there is none, or it is damaged: listing the folder makes another
 
 
@@ -409,12 +420,12 @@ def decode_plain_jpeg(
 ) -> np.ndarray:
     """`decode` for a file that has a plain_jpeg_size.
 
-    `fast` takes libjpeg-turbo's less exact DCT and repeats colours instead of blending them: some
-    grey levels at edges of colour, for a tenth of the time.
+    `fast` repeats colours, which JPEGs hold at half the resolution, instead of blending them: some
+    grey levels at edges of colour, for a twentieth of the time.
     """
     try:
         return simplejpeg.decode_jpeg(
-            data, fastdct=fast, fastupsample=fast, min_height=min_height, min_width=min_width
+            data, fastupsample=fast, min_height=min_height, min_width=min_width
         )
     except ValueError as error:
         if "Premature end" in str(error):

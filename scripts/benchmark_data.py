@@ -288,11 +288,12 @@ def lay_out(options: BenchmarkOptions, folder: Path, with_ffcv: bool) -> Places:
         shutil.copyfile(photo, path)
     prepare = Path(__file__).parent / "prepare_data.py"
     settings = ("--max-side", str(options.max_side), "--quality", str(options.quality))
-    subprocess.run(
+    packing = subprocess.run(
         [sys.executable, prepare, "pack", folder / "source", places.store, *settings],
-        check=True,
         stdout=subprocess.DEVNULL,
     )
+    if packing.returncode:
+        raise UserError(f"the pictures of {options.photos} could not be packed, see above")
     with zipfile.ZipFile(places.store) as archive:
         members = [name for name in archive.namelist() if name.startswith("train/")]
         archive.extractall(folder / "whole", members)
@@ -420,7 +421,7 @@ def main() -> None:
         originals = [path.stat().st_size for path in places.originals.glob("*/*")]
         pictures = {
             "images": len(packed),
-            "distinct": len({path.name[5:] for path in places.unpacked.glob("*/*")}),
+            "distinct": len({(path.parent, path.name[5:]) for path in places.unpacked.glob("*/*")}),
             "mean_bytes": float(np.mean(originals)),
             "packed_mean_bytes": float(np.mean(packed)),
         }

@@ -18,6 +18,7 @@ import torch
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
 from PIL import Image
 
+import image_files
 import utils
 
 # 18 training images: two steps an epoch, some seconds in all.
@@ -69,8 +70,12 @@ def start_training(folder: Path, *options: object) -> subprocess.Popen[str]:
 
 
 def tree(folder: Path) -> dict[Path, str | None]:
-    """Everything under a folder, with the hash of each file."""
-    found: dict[Path, str | None] = dict.fromkeys(folder.rglob("*"))
+    """Everything under a folder, with the hash of each file.
+
+    Less the indexes of images: that they were checked stays true, however a run ends.
+    """
+    paths = (path for path in folder.rglob("*") if path.name != image_files.INDEX_NAME)
+    found: dict[Path, str | None] = dict.fromkeys(paths)
     for path in found:
         if path.is_file():
             with path.open("rb") as file:

@@ -55,7 +55,7 @@ def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> N
         (["--loss-curve", "5"], "--train-folder-name"),
         (["--px", "16"], "32 px or more"),
         (["--batch-size", "1"], "batch_size is 1"),
-        (["--train-folder-name", "nowhere"], "no folder nowhere"),
+        (["--train-folder-name", "nowhere"], "no folder or store nowhere"),
     ],
 )
 def test_nonsense_ends_with_one_line(options: list[str], says: str) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
-import data
+import image_files
 import utils
 
 SCRIPT = REPOSITORY / "scripts" / "prepare_data.py"
@@ -54,13 +54,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_digits_are_a_data_set_for_the_trainer(digits: Path) -> None:
-    train, val = (data.open_image_set(str(digits / part)) for part in ("train", "val"))
-    data.check_same_classes(train, val)
+    train, val = (image_files.open_image_set(str(digits / part), part) for part in ("train", "val"))
+    image_files.check_same_classes(train, val)
     assert train.classes == tuple("0123456789")
     assert (len(train.files), len(val.files)) == (1442, 355)
     assert np.bincount(train.labels).min() > 130 and np.bincount(val.labels).min() > 30
     for images in (train, val):
-        assert data.find_bad_images(images, 1, decode_all=True) == {}
+        assert image_files.find_bad_images(images, 1, decode_all=True) == {}
     contents = [
         images.path(index).read_bytes()
         for images in (train, val)
@@ -200,11 +200,11 @@ def test_imagenette_is_downloaded_and_unpacked(
     url = f"{server}/imagenette2-320.tgz"
     download(prepare_data, monkeypatch, url, content, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
-    train, val = (data.open_image_set(str(folder / part)) for part in ("train", "val"))
-    data.check_same_classes(train, val)
+    train, val = (image_files.open_image_set(str(folder / part), part) for part in ("train", "val"))
+    image_files.check_same_classes(train, val)
     assert train.files[:2] == ("n01440764/n01440764_1.JPEG", "n02102040/n02102040_1.JPEG")
     assert len(train.files) == len(val.files) == 10
-    assert data.find_bad_images(val, 1, decode_all=True) == {}
+    assert image_files.find_bad_images(val, 1, decode_all=True) == {}
     assert not (tmp_path / "imagenette.partial").exists()
 
     before = files_in(folder)

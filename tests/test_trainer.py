@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import signal
@@ -19,6 +20,7 @@ from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_com
 
 import checkpoint
 import data
+import image_files
 import trainer
 from utils import Config, UserError, learning_rate
 
@@ -187,7 +189,7 @@ def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], firs
     """
     sizes = {"first_train_px": first_px, "train_px": 64} if first_px else {}
     config = Config(**{**settings, **sizes})
-    train_set, _, _ = data.open_images(config)
+    train_set, _, _ = image_files.open_images(config)
     folder = Path(settings["runs_folder"])
     folder.mkdir()
 
@@ -218,15 +220,23 @@ def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], firs
             path.unlink()
 
 
-def stop_again_and_again(stopped: dict[str, object], signals: list[signal.Signals]) -> list[int]:
-    """Start the real command, stop it a step or so later, until it ends; the steps of its stops."""
+def stop_again_and_again(
+    stopped: dict[str, object],
+    signals: list[signal.Signals],
+    starts: Iterator[dict[str, object]] | None = None,
+) -> list[int]:
+    """Start the real command, stop it a step or so later, until it ends; the steps of its stops.
+
+    With `starts` each start has settings of its own.
+    """
+    starts = starts or itertools.repeat(stopped)
     folder = run_folder(stopped)
     ends = []
     for number in signals:
         log = folder / "train.log"
         seen = log.read_text().count("  step ") if log.exists() else 0
         process = subprocess.Popen(
-            [sys.executable, "trainer.py", *as_options(stopped)],
+            [sys.executable, "trainer.py", *as_options(next(starts))],
             cwd=REPOSITORY,
             env=COMMAND_ENVIRONMENT,
             stdout=subprocess.DEVNULL,
@@ -306,7 +316,7 @@ def test_a_run_from_before_the_crops_could_grow_keeps_their_size(
 
 def test_every_size_is_loaded_at_every_epoch(settings: dict[str, object]) -> None:
     config = Config(**growing(settings))
-    train_set, _, _ = data.open_images(config)
+    train_set, _, _ = image_files.open_images(config)
     for epoch, px in enumerate((32, 64, 96, 96)):
         images, _ = next(data.train_batches(train_set, config, epoch))
         assert images.shape == (8, px, px, 3)
@@ -323,7 +333,7 @@ def test_what_is_left_counts_larger_steps_for_more(settings: dict[str, object]) 
 
 def test_the_size_of_a_validation_batch_changes_no_count(settings: dict[str, object]) -> None:
     config = Config(**settings)
-    _, val_set, _ = data.open_images(config)
+    _, val_set, _ = image_files.open_images(config)
     run = trainer.new_run(config, 3)
     rows = []
     for size in (1, 4, 8, 512):
@@ -342,7 +352,7 @@ def test_a_compiled_run_goes_on_exactly_and_its_checkpoint_is_anyones(
 ) -> None:
     """A stop and another start give the same weights, bit for bit; names are torchvision's."""
     config = Config(**{**settings, "compile": True, "zero_init_residual": True})
-    train_set, _, _ = data.open_images(config)
+    train_set, _, _ = image_files.open_images(config)
     folder = Path(settings["runs_folder"])
     folder.mkdir()
 
@@ -525,3 +535,77 @@ def test_a_steps_memory_serves_the_next_one() -> None:
     )
     usual, kept = map(int, done.stdout.split())
     assert kept < usual / 4
+
+
+# ------------------------------------------------------------------------------ stores
+
+
+def packed(images: Path, path: Path) -> Path:
+    """A store of the pictures as they are, made by the real command."""
+    done = run_stage_command("scripts/prepare_data.py", "pack", images, path, "--max-side", 0)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def on_store(settings: dict[str, object], path: Path, name: str) -> dict[str, object]:
+    paths = {"train_folder_name": str(path), "val_folder_name": str(path)}
+    return {**settings, **paths, "name": name}
+
+
+def test_a_store_gives_the_folders_weights_and_each_goes_on_from_the_other(
+    settings: dict[str, object], images: Path, tmp_path: Path
+) -> None:
+    path = packed(images, tmp_path / "store")
+    train(settings)
+    whole = on_store(settings, path, "store")
+    train(whole)
+    assert outcome(whole) == outcome(settings)
+
+    # Begun on the store, stopped, gone on with on the folder, stopped, and so on.
+    both = [on_store(settings, path, "both"), {**settings, "name": "both"}]
+    runs = [{**both[number % 2], "log_interval_s": 1e-9} for number in range(8)]
+    ends = stop_again_and_again(runs[0], [signal.SIGTERM] * 8, iter(runs))
+    assert len(ends) >= 2
+    assert outcome({**settings, "name": "both"}) == outcome(settings)
+
+
+def test_a_damaged_picture_stops_training_until_the_store_is_mended(
+    settings: dict[str, object], images: Path, tmp_path: Path
+) -> None:
+    path = packed(images, tmp_path / "store")
+    whole = path.read_bytes()
+    train_set = image_files.open_image_set(str(path), "train")
+    config = Config(**settings)
+    # The last picture of the second epoch, so that the run has something to save.
+    index = int(data.epoch_order(config.seed, 1, 21)[-1])
+    last_of_first = data.epoch_order(config.seed, 0, 21).tolist().index(index)
+    record = train_set.store.records[train_set.positions[index]]
+    damaged = bytearray(whole)
+    damaged[int(record["offset"]) + int(record["size"]) // 2] ^= 1
+    path.write_bytes(damaged)
+    broken = on_store(settings, path, "broken")
+    done = run_stage_command("trainer.py", *as_options({**broken, "workers": 0}))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: cannot read ")
+    assert f"train/{train_set.file(index)} in {path} is damaged" in line
+    state = checkpoint.load_latest(run_folder(broken) / "checkpoints")
+    assert state["step"] == last_of_first // 8  # all that came before its batch is saved
+
+    path.write_bytes(whole)
+    train(broken)
+    train(settings)
+    assert outcome(broken) == outcome(settings)
+
+
+def test_a_store_cut_short_is_refused(
+    settings: dict[str, object], images: Path, tmp_path: Path
+) -> None:
+    path = packed(images, tmp_path / "store")
+    path.write_bytes(path.read_bytes()[:-1000])
+    done = run_stage_command("trainer.py", *as_options(on_store(settings, path, "short")))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {path} is damaged (")
+    assert "cut short" in line and "pack it again" in line
+    assert not run_folder(on_store(settings, path, "short")).exists()

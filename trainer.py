@@ -17,8 +17,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -44,6 +42,7 @@ from utils import (
     ConfigOptions,
     UserError,
     check_config,
+    describe_computer,
     format_duration,
     keep_freed_memory,
     learning_rate,
@@ -497,16 +496,11 @@ def say_if_finished(folder: Path, config: Config, state: dict[str, Any]) -> bool
 def describe_hardware(run: Run) -> dict[str, Any]:
     """What the run is made on, for config.json."""
     gpu = torch.cuda.get_device_properties(run.device) if run.device.type == "cuda" else None
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "gpu": gpu.name if gpu else None,
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
         "precision": run.precision,
-        "cpu": names[0] if names else platform.machine(),
-        "cpu_cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        **describe_computer(),
     }
 
 

@@ -421,19 +421,37 @@ def save_config(
     folder: Path, config: Config, classes: Sequence[str], hardware: dict[str, Any]
 ) -> None:
     """Write config.json: settings, classes in the order of the outputs, versions, hardware."""
-    packages = ("torch", "torchvision", "numpy", "simplejpeg", "opencv-python-headless", "pillow")
     record = {
         "config": dataclasses.asdict(config),
         "classes": list(classes),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "versions": versions(),
         "commit": _commit(),
         "hardware": hardware,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(folder / "config.json", record)
+
+
+def versions(more_packages: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python and of the installed packages that results depend on."""
+    packages = ("torch", "torchvision", "numpy", "simplejpeg", "opencv-python-headless", "pillow")
+    found = {"python": platform.python_version()}
+    for package in (*packages, "zlib-ng", *more_packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def describe_computer() -> dict[str, Any]:
+    """What the CPU is called, its cores that this process may use, and the memory in bytes."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
 
 
 def _commit() -> str:

@@ -16,11 +16,9 @@ takes a JSON file with all rounds, hardware and versions.
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -45,20 +43,18 @@ from utils import (
     STD,
     Config,
     UserError,
+    describe_computer,
     keep_freed_memory,
     log,
     parse_options,
     run_stage,
     start_log,
+    versions,
     write_json,
 )
 
 BATCH_SIZE = 256
 EPOCHS = 20  # one after another as one, for real ones are 400 times as long
-PACKAGES = (
-    *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "opencv-python-headless"),
-    *("ffcv", "nvidia-dali-cuda130"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,17 +382,6 @@ def print_table(result: dict[str, Any]) -> None:
             log.info("  %-50s %8s %s  (%s to %s)", name, median, unit, low, high)
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that take part and are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def main() -> None:
     """Measure every pipeline at every size, and write what was found."""
     options = parse_options(BenchmarkOptions, __doc__)
@@ -431,7 +416,6 @@ def main() -> None:
                 rates = measure(names, places, px, cores, options)
                 results.append({"px": px, "cores": cores, **summary(rates)})
                 print_table(results[-1])
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     record = {
         "command": ["python3", "scripts/benchmark_data.py", "PHOTOS", *sys.argv[2:]],
         "pictures": pictures,
@@ -442,14 +426,8 @@ def main() -> None:
             "seconds": options.seconds,
         },
         "results": results,
-        "hardware": {
-            "cpu": next(
-                (line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")),
-                platform.machine(),
-            ),
-            "cpu_cores": all_cores,
-        },
-        "versions": versions(),
+        "hardware": describe_computer(),
+        "versions": versions(("ffcv", "nvidia-dali-cuda130")),
     }
     if options.output:
         write_json(options.output, record)

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-import cv2
-import simplejpeg
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import packing
 
 from store import open_store
-from utils import parse_options, run_stage
+from utils import describe_computer, parse_options, run_stage, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +98,8 @@ def main() -> None:
         "source_bytes": sum(map(len, contents)),
         "store_bytes": sizes[-1],
         "settings": {name: getattr(options, name) for name in ("max_side", "quality", "workers")},
-        "hardware": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {
-            "python": platform.python_version(),
-            "simplejpeg": simplejpeg.__version__,
-            "opencv": cv2.__version__,
-        },
+        "hardware": describe_computer(),
+        "versions": versions(),
     }
     print(json.dumps(result, indent=2))
 

@@ -1,0 +1,161 @@
+"""How well reading ahead hides the disk: the loader on a store in memory, and on one that is not.
+
+    python3 scripts/benchmark_cold.py STORE --output cold.json
+
+An instance with 16 GB of memory reads a store of 49 GB mostly from its disk. Each round loads
+--images training pictures in random order, in a fresh process: with the store in the page cache;
+dropped from it; and dropped from it with reading ahead. Hidden is how much of the rate that the
+disk costs comes back by reading ahead. Prints the rounds; --output takes a JSON file.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import image_files
+from store import open_store
+from utils import (
+    Config,
+    UserError,
+    describe_computer,
+    keep_freed_memory,
+    log,
+    parse_options,
+    run_stage,
+    start_log,
+    versions,
+    write_json,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """Which store, and how it is read."""
+
+    store: tyro.conf.Positional[Path]
+    """a store, as `prepare_data.py pack` writes it"""
+    px: int = 160
+    """side of the crops, in pixels"""
+    workers: int = 2
+    """threads that decode"""
+    images: int = 20_000
+    """pictures in a round, at most those in the store"""
+    batch_size: int = 448
+    """images in a batch"""
+    repeats: int = 3
+    """rounds of each kind"""
+    output: Path | None = None
+    """JSON file to write"""
+
+
+def load(connection: Any, options: BenchmarkOptions, read_ahead: int) -> None:
+    """Load the pictures once; sends the images a second, and the megabytes read from the disk."""
+    keep_freed_memory()
+    images = image_files.open_image_set(str(options.store), "train")
+    order = data.epoch_order(0, 0, len(images))[: options.images]
+    fill = functools.partial(data.fill_train, Config(), 0)
+    before = disk_bytes()
+    started = time.perf_counter()
+    batches = data.batches(
+        images, fill, order, options.batch_size, options.px, options.workers, read_ahead=read_ahead
+    )
+    loaded = sum(len(labels) for _, labels in batches)
+    connection.send((loaded / (time.perf_counter() - started), (disk_bytes() - before) / 1e6))
+
+
+def disk_bytes() -> int:
+    """What this process has had read from the disk, in bytes; see proc(5)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Have the kernel forget a file's pages; those that another process maps stay."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    """Measure the three kinds in turn."""
+    options = parse_options(BenchmarkOptions, __doc__)
+    start_log(None)
+    first, end = open_store(options.store).parts["train"]
+    for name in ("px", "workers", "images", "batch_size", "repeats"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} is {getattr(options, name)}: it must be 1 or more")
+    options = dataclasses.replace(options, images=min(options.images, end - first))
+    kinds = {
+        "in memory": (False, data.READ_AHEAD),
+        "from disk, not read ahead": (True, 0),
+        "from disk, read ahead": (True, data.READ_AHEAD),
+    }
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    context = multiprocessing.get_context("spawn")
+    for number in range(options.repeats + 1):
+        for name, (cold, read_ahead) in kinds.items():
+            if cold:
+                drop_from_page_cache(options.store)
+            else:
+                with open(options.store, "rb") as file:  # into the page cache
+                    while file.read(1 << 24):
+                        pass
+            ours, theirs = context.Pipe()
+            process = context.Process(target=load, args=(theirs, options, read_ahead))
+            process.start()
+            theirs.close()
+            try:
+                result = ours.recv()
+            except EOFError:
+                raise UserError(f"loading {name} failed, see above") from None
+            process.join()
+            if number:  # the first round warms up
+                rounds[name].append(result)
+                log.info("%-27s %6.0f img/s, %5.0f MB read from the disk", name, *result)
+    rates = {name: [rate for rate, _ in found] for name, found in rounds.items()}
+    hidden = [
+        (ahead - cold) / (warm - cold) for warm, cold, ahead in zip(*rates.values(), strict=True)
+    ]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    log.info("medians: %s", {name: round(value) for name, value in medians.items()})
+    log.info(
+        "reading ahead hides %.0f %% of the difference (%.0f to %.0f)",
+        100 * statistics.median(hidden), 100 * min(hidden), 100 * max(hidden),
+    )  # fmt: skip
+    if options.output:
+        settings = {
+            k: v for k, v in dataclasses.asdict(options).items() if k not in ("store", "output")
+        }
+        write_json(
+            options.output,
+            {
+                "settings": {
+                    name: getattr(options, name)
+                    for name in ("px", "workers", "images", "batch_size")
+                },
+                "store_bytes": options.store.stat().st_size,
+                "img_per_s": {
+                    name: {"median": medians[name], "rounds": values}
+                    for name, values in rates.items()
+                },
+                "disk_mb": {name: [mb for _, mb in found] for name, found in rounds.items()},
+                "hidden": {"median": statistics.median(hidden), "rounds": hidden},
+                "hardware": describe_computer(),
+                "versions": versions(),
+            },
+        )
+
+
+if __name__ == "__main__":
+    run_stage(main)

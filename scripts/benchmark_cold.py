@@ -134,9 +134,6 @@ def main() -> None:
         100 * statistics.median(hidden), 100 * min(hidden), 100 * max(hidden),
     )  # fmt: skip
     if options.output:
-        settings = {
-            k: v for k, v in dataclasses.asdict(options).items() if k not in ("store", "output")
-        }
         write_json(
             options.output,
             {

@@ -26,6 +26,8 @@ import tiled_jpeg
 from image_files import Encoded, ImageSet, decode_plain_jpeg, decode_with_pillow
 from utils import MEAN, STD, Config, UserError, train_px
 
+RESIZE = cv2.INTER_LINEAR  # of a training crop, of which less than half is left to shrink
+
 cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would fight them
 
 # ------------------------------------------------------------------------------ augmentation
@@ -90,8 +92,9 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
 
     Of a tiled JPEG, only the tiles under the crop are decoded: the same pixels, for less. The scale
     is the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still covers `out` (libjpeg-turbo is
-    slower at the others than at full size); then it is resized bilinearly. Less than half is left
-    to shrink, where averaging over areas takes up to six times as long.
+    slower at the others than at full size); then it is resized bilinearly. Averaging over areas
+    takes up to six times as long for the little that is left to shrink, and trains no better:
+    scripts/benchmark_resize.py.
     """
     px = out.shape[0]
     data, size = encoded
@@ -115,9 +118,9 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
             crop_height, crop_width = bottom - top, right - left
     crop = picture[top : top + crop_height, left : left + crop_width]
     if mirrored and config.flip:
-        cv2.flip(cv2.resize(crop, (px, px)), 1, dst=out)
+        cv2.flip(cv2.resize(crop, (px, px), interpolation=RESIZE), 1, dst=out)
     else:
-        cv2.resize(crop, (px, px), dst=out)
+        cv2.resize(crop, (px, px), dst=out, interpolation=RESIZE)
 
 
 def fill_val(config: Config, encoded: Encoded, index: int, out: np.ndarray) -> None:

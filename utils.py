@@ -72,9 +72,9 @@ class Config:
     runs_folder: str = "runs"
     """folder that holds the runs"""
     train_folder_name: str = "/mnt/data/imagenetdata/train"
-    """folder of training images, a folder a class"""
+    """training images: a folder with a folder a class, or a store"""
     val_folder_name: str = "/mnt/data/imagenetdata/val"
-    """folder of validation images, the same classes"""
+    """validation images of the same classes: a folder, or a store"""
     epochs: int = 50
     """passes over the training images"""
     extra_epochs: int = 0

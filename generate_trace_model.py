@@ -17,13 +17,14 @@ import hashlib
 import io
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
 import data
 import image_files
@@ -51,6 +52,20 @@ RESIZE_RULE = (
     "turn as EXIF says, put transparency on white, RGB; shorter side to resize_px, bilinear with "
     "antialiasing as Pillow has it; centre crop of input_px; divide by 255, less mean, over std"
 )
+
+BROWSER_SUFFIXES = {  # of the formats, as Pillow calls them, that every browser shows
+    **{"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",)},
+    **{"GIF": (".gif",), "BMP": (".bmp",)},
+}
+
+
+class Example(NamedTuple):
+    """A validation image that is shown beside the app."""
+
+    path: Path  # in a store, what it would be if the store were a folder
+    label: int
+    file_name: str  # in examples/
+    content: bytes  # of that file
 
 
 def trace(model: ResNet50Wrapper, px: int) -> torch.jit.ScriptModule:
@@ -80,34 +95,54 @@ def _is_wordnet_id(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
-def choose_examples(val_folder: Path, classes: tuple[str, ...], count: int) -> dict[Path, int]:
-    """The first validation image of up to `count` classes, evenly spaced, with its label."""
-    if not val_folder.is_dir():
-        print(f"no folder {val_folder}: the export has no example pictures")
-        return {}
+def choose_examples(val_name: str, classes: tuple[str, ...], count: int) -> list[Example]:
+    """The first validation image of up to `count` classes, evenly spaced, that can be read."""
+    try:
+        images = image_files.open_image_set(val_name, "val")
+    except UserError as error:
+        print(f"the export has no example pictures: {error}")
+        return []
     spaced = np.unique(np.linspace(0, len(classes) - 1, count).round().astype(int)).tolist()
-    images = {label: first_image(val_folder / classes[label]) for label in spaced}
-    return {path: label for label, path in images.items() if path}
+    examples = (first_example(images, classes[label], label) for label in spaced)
+    return [example for example in examples if example]
 
 
-def first_image(folder: Path) -> Path | None:
-    """The first image of a folder that can be read, of which it may have none."""
-    for name in image_files.image_names(folder) if folder.is_dir() else ():
+def first_example(images: image_files.ImageSet, name: str, label: int) -> Example | None:
+    """The first image of a class that can be read, of which it may have none."""
+    place = images.classes.index(name) if name in images.classes else -1
+    for index in np.flatnonzero(images.labels == place).tolist():
         with contextlib.suppress(ValueError, OSError):
-            image_files.decode((folder / name).read_bytes())
-            return folder / name
+            path, content = images.path(index), bytes(images.read(index)[0])
+            suffix, content = for_browsers(path.suffix.lower(), content)
+            return Example(path, label, f"{name}{suffix}", content)
     return None
 
 
-def example_images(examples: dict[Path, int], config: Config) -> torch.Tensor:
+def for_browsers(suffix: str, content: bytes) -> tuple[str, bytes]:
+    """An image file as it is, by a name that tells its format; a PNG of what no browser shows.
+
+    A store holds JPEGs by the names of the files that they were made from. Raises ValueError or
+    OSError for what cannot be read.
+    """
+    picture = image_files.decode(content)
+    with Image.open(io.BytesIO(content)) as image:
+        suffixes = BROWSER_SUFFIXES.get(image.format)
+    if suffixes:
+        return suffix if suffix in suffixes else suffixes[0], content
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return ".png", file.getvalue()
+
+
+def example_images(examples: Sequence[Example], config: Config) -> torch.Tensor:
     """Pictures as validation shows them to the model, normalised float32 (N, 3, px, px).
 
     Where there are no examples, two pictures of noise, which serve to compare outputs.
     """
     shape = (len(examples) or 2, config.val_px, config.val_px, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    for out, path in zip(pixels, examples, strict=False):
-        data.fill_val(config, image_files.encoded(path.read_bytes()), 0, out)
+    for out, example in zip(pixels, examples, strict=False):
+        data.fill_val(config, image_files.encoded(example.content), 0, out)
     return data.normalize(torch.from_numpy(pixels))
 
 
@@ -141,7 +176,7 @@ def main() -> None:
     print(traced.graph)
 
     labels = human_names(classes)
-    examples = choose_examples(Path(config.val_folder_name), classes, options.examples)
+    examples = choose_examples(config.val_folder_name, classes, options.examples)
     images = example_images(examples, config)
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -183,15 +218,15 @@ def show_predictions(
     exported: torch.jit.ScriptModule,
     images: torch.Tensor,
     labels: list[str],
-    examples: dict[Path, int],
+    examples: Sequence[Example],
 ) -> None:
     """Print what the exported model makes of each example, and what it is."""
     with torch.inference_mode():
         probabilities = exported(images).softmax(dim=1)
-    for row, (path, truth) in zip(probabilities, examples.items(), strict=False):
+    for row, example in zip(probabilities, examples, strict=False):
         guess = int(row.argmax())
-        verdict = "right" if guess == truth else f"wrong: it is {labels[truth]}"
-        print(f"  {path}: {labels[guess]}, {100 * row[guess]:.1f} % ({verdict})")
+        verdict = "right" if guess == example.label else f"wrong: it is {labels[example.label]}"
+        print(f"  {example.path}: {labels[guess]}, {100 * row[guess]:.1f} % ({verdict})")
 
 
 def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
@@ -208,7 +243,7 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def write_export(
-    folder: Path, content: bytes, metadata: dict[str, Any], examples: Iterable[Path]
+    folder: Path, content: bytes, metadata: dict[str, Any], examples: Sequence[Example]
 ) -> None:
     """Write model.pt, model.json and examples/ into a folder, in place of an earlier export."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,8 +251,8 @@ def write_export(
     write_json(folder / "model.json", metadata)
     shutil.rmtree(folder / "examples", ignore_errors=True)
     (folder / "examples").mkdir()
-    for path in examples:
-        shutil.copyfile(path, folder / "examples" / f"{path.parent.name}{path.suffix.lower()}")
+    for example in examples:
+        (folder / "examples" / example.file_name).write_bytes(example.content)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _NAME = b"TILES\0"
 # blocks in a tile; behind it the length of each tile with its marker, two bytes each.
 _TABLE = struct.Struct(">2sH6s3H")
 _TABLE_AT = 20  # behind the start of the image and its JFIF segment
+_SCAN_SIZE = 14  # of the header of a scan with three components
 
 
 def encode(picture: np.ndarray, quality: int) -> bytes:
@@ -69,11 +70,19 @@ def _with_table(jpeg: bytes) -> bytes:
     lengths = np.diff(restarts, prepend=-2, append=len(content))
     size = _TABLE.size + 2 * len(lengths)
     fits = max(lengths.max(), size) < 1 << 16
-    if jpeg[2:4] != b"\xff\xe0" or not frame or not interval or not fits:
+    usual = jpeg[2:4] == b"\xff\xe0" and frame and _restarts(jpeg, first, interval)
+    if not usual or not fits:
         return jpeg  # larger than the table takes, or from an encoder of another kind
     head = (b"\xff\xea", size - 2, _NAME, frame + size, first + size, interval)
     table = _TABLE.pack(*head) + lengths.astype(">u2").tobytes()
     return jpeg[:_TABLE_AT] + table + jpeg[_TABLE_AT:]
+
+
+def _restarts(jpeg: bytes | memoryview, first: int, interval: int) -> bool:
+    """Whether the header before the first tile says that a tile has `interval` blocks."""
+    segment = struct.pack(">2s2H2s", b"\xff\xdd", 4, interval, b"\xff\xda")
+    start = first - _SCAN_SIZE - 6
+    return interval > 0 and start > 0 and jpeg[start : start + len(segment)] == segment
 
 
 def cut(
@@ -88,13 +97,16 @@ def cut(
     _, size, name, frame, first, interval = _TABLE.unpack_from(jpeg, _TABLE_AT)
     table_end = _TABLE_AT + 2 + size
     count = (table_end - _TABLE_AT - _TABLE.size) // 2
-    if name != _NAME or count < 1 or not table_end < frame < first < len(jpeg) or not interval:
+    known = name == _NAME and count > 0 and size == _TABLE.size - 2 + 2 * count
+    # A program that changed the picture may have kept the segment: then it does not fit.
+    if not known or not table_end <= frame < first - _SCAN_SIZE < len(jpeg) - _SCAN_SIZE:
+        return None
+    if jpeg[frame : frame + 2] != b"\xff\xc0" or not _restarts(jpeg, first, interval):
         return None
     lengths = struct.unpack_from(f">{count}H", jpeg, _TABLE_AT + _TABLE.size)
     starts = list(itertools.accumulate(lengths, initial=first))
     whole_height, whole_width = struct.unpack_from(">HH", jpeg, frame + 5)
     tile_px, columns = interval * BLOCK_PX, -(-whole_width // (interval * BLOCK_PX))
-    # A program that changed the picture may have kept the segment: then it does not fit.
     if starts[-1] != len(jpeg) or count != columns * -(-whole_height // BLOCK_PX):
         return None
     first_row, end_row = top // BLOCK_PX, -(-(top + height) // BLOCK_PX)
@@ -111,12 +123,22 @@ def cut(
             *(jpeg[starts[row + first_column] : starts[row + end_column]] for row in rows),
         ]
     )
-    # Behind each tile stands a marker, whose number is to follow that of the one before.
+    # Behind each tile stands a marker, whose number is to follow that of the one before. If the
+    # markers are not where the table says, the table is of another picture.
     position, number = first - (table_end - _TABLE_AT), 0
+    if rows[-1] + end_column == count and part[-1] == END_OF_IMAGE:
+        part[-1] = FIRST_MARKER | (count - 1) & 7
+    fits = True
     for row in rows:
-        for length in lengths[row + first_column : row + end_column]:
+        tile = row + first_column
+        before = starts[tile]
+        fits &= tile == 0 or jpeg[before - 2 : before] == bytes((0xFF, FIRST_MARKER | tile - 1 & 7))
+        for length in lengths[tile : row + end_column]:
             position += length
-            part[position - 1] = FIRST_MARKER + (number & 7)
+            if part[position - 1] != FIRST_MARKER | tile & 7 or part[position - 2] != 0xFF:
+                fits = False
+            part[position - 1] = FIRST_MARKER | number & 7
             number += 1
+            tile += 1
     part[-1] = END_OF_IMAGE
-    return part, part_top, part_left, part_height, part_width
+    return (part, part_top, part_left, part_height, part_width) if fits else None

@@ -37,6 +37,7 @@ import image_files
 from utils import MEAN, STD, Config, UserError
 
 CONFIG = Config(batch_size=5, val_batch_size=5, train_px=32, val_px=32, val_resize_px=36, workers=2)
+BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, as JPEGs weigh them
 WAIT_S = 20  # for what takes milliseconds on an idle machine
 
 # ------------------------------------------------------------------------------ helpers
@@ -204,20 +205,21 @@ def plain_crop(image: Image.Image, box: list[int], scale: int, px: int) -> np.nd
     [
         # The last two: how far ours may be, in grey levels and in the mean over the crops, from the
         # same crop of the picture averaged over squares, and from torchvision's, which is smoothed
-        # as much as it shrinks. They are 1.3 times what was measured: 1.07 and 1.05, 0.46 and
-        # 1.20, 0.46 and 1.19, 0.40 and 0.78, 0.41 and 0.86, 1.10 and 1.09; 1.12 and 1.10, 0.60
-        # and 1.29, 1.35 and 1.35; 0.17 and 1.44, 0.24 and 0.16, 0.27 and 0.22.
-        ("JPEG", "4:4:4", 375, 500, 224, 1.4, 1.4),
-        ("JPEG", "4:4:4", 375, 500, 64, 0.6, 1.6),
-        ("JPEG", "4:4:4", 500, 375, 64, 0.6, 1.6),
-        ("JPEG", "4:4:4", 768, 1024, 96, 0.53, 1.0),
-        ("JPEG", "4:4:4", 1200, 1600, 64, 0.53, 1.1),
-        ("JPEG", "4:4:4", 120, 160, 224, 1.4, 1.4),  # only ever enlarged
+        # as much as it shrinks. They are 1.3 times what was measured: 0.24 and 0.19, 0.87 and
+        # 0.89, 0.91 and 0.90, 0.63 and 0.61, 0.70 and 0.71, 0.27 and 0.21; 0.44 and 0.40, 0.89
+        # and 0.91, 0.89 and 0.87; 0.17 and 1.44, 0.24 and 0.16, 0.27 and 0.22.
+        ("JPEG", "4:4:4", 375, 500, 224, 0.32, 0.25),
+        ("JPEG", "4:4:4", 375, 500, 64, 1.2, 1.2),
+        ("JPEG", "4:4:4", 500, 375, 64, 1.2, 1.2),
+        ("JPEG", "4:4:4", 768, 1024, 96, 0.82, 0.8),
+        ("JPEG", "4:4:4", 1200, 1600, 64, 0.91, 0.92),
+        ("JPEG", "4:4:4", 120, 160, 224, 0.36, 0.28),  # only ever enlarged
         # Here colours are repeated where the reference blends them.
-        ("JPEG", "4:2:0", 375, 500, 224, 1.5, 1.5),
-        ("JPEG", "4:2:0", 375, 500, 64, 0.8, 1.7),
-        ("JPEG", "4:2:0", 120, 160, 224, 1.8, 1.8),
-        # Decoded at full size, and shrunk by OpenCV alone, which rounds down now and then.
+        ("JPEG", "4:2:0", 375, 500, 224, 0.58, 0.52),
+        ("JPEG", "4:2:0", 375, 500, 64, 1.2, 1.2),
+        ("JPEG", "4:2:0", 120, 160, 224, 1.2, 1.2),
+        # Decoded at full size, and shrunk by OpenCV alone, which rounds down now and then, and
+        # takes the nearest four pixels where torchvision averages all.
         ("PNG", "", 768, 1024, 32, 0.22, 1.9),
         ("PNG", "", 375, 500, 224, 0.31, 0.21),
         ("PNG", "", 60, 80, 64, 0.35, 0.29),
@@ -246,27 +248,26 @@ def test_train_pixels_are_the_same_crop_of_torchvision(
         expected = pixels(functional.resized_crop(image, *box, [px, px], antialias=True))
         from_averaged.append(np.abs(ours - averaged).mean())
         from_torchvision.append(np.abs(ours - expected).mean())
-        # libjpeg-turbo's fast DCT rounds down: brightness at full size, colours at half size too.
-        darkness = (averaged - ours).mean()
-        assert -0.3 < darkness < (1.2 if kind == "JPEG" else 0.3)
-        difference = np.abs(ours + darkness - expected).mean()
-        shifted = [np.roll(expected, by, axis)[2:-2, 2:-2] for by in (-2, 2) for axis in (0, 1)]
-        nearest = min(np.abs((ours + darkness)[2:-2, 2:-2] - other).mean() for other in shifted)
-        assert nearest > difference
-        # By how many pixels ours must move to be most like the expected one (Lucas and Kanade),
-        # whatever it is darker by.
-        slopes = [slope.ravel() for slope in np.gradient(expected.mean(axis=2))]
-        columns = np.stack([*slopes, np.ones(px * px)], axis=1)
-        shifts.append(np.linalg.lstsq(columns, (ours - expected).mean(axis=2).ravel())[0][:2])
-        assert np.abs(shifts[-1]).max() < (0.75 if scale > 1 else 0.2)
+        # Where the crop's edges were rounded, it shows a little more or less than the other.
+        assert abs((averaged - ours).mean()) < (0.6 if scale > 1 else 0.2)
+        # In brightness: an enlarged picture differs less from a shifted one than its repeated
+        # colours do from blended ones.
+        brightness, wanted = ours @ BRIGHTNESS, expected @ BRIGHTNESS
+        difference = np.abs(brightness - wanted).mean()
+        shifted = [np.roll(wanted, by, axis)[2:-2, 2:-2] for by in (-2, 2) for axis in (0, 1)]
+        nearest = min(np.abs(brightness[2:-2, 2:-2] - other).mean() for other in shifted)
+        assert nearest > 2 * difference
+        # By how many pixels ours must move to be most like the expected one (Lucas and Kanade).
+        slopes = np.stack([slope.ravel() for slope in np.gradient(expected.mean(axis=2))], axis=1)
+        shifts.append(np.linalg.lstsq(slopes, (ours - expected).mean(axis=2).ravel())[0])
+        assert np.abs(shifts[-1]).max() < (0.6 if scale > 1 else 0.2)
     assert both == {False, True}
     assert np.mean(from_averaged) < to_averaged
-    assert np.max(from_averaged) < 1.4 * max(to_averaged, 1)
+    assert np.max(from_averaged) < 2 * to_averaged
     assert np.mean(from_torchvision) < to_torchvision
     assert np.max(from_torchvision) < 2 * to_torchvision
-    # A crop begins at a whole pixel of the picture as it was decoded, and has a whole number of
-    # them: where that was shrunk, its beginning is up to half a pixel off and its end up to one, to
-    # either side.
+    # A crop begins and ends at whole pixels of the picture as it was decoded: where that was
+    # shrunk, each edge is up to half a pixel off, but as often to either side.
     assert np.abs(np.mean(shifts, axis=0)).max() < 0.1
 
 
@@ -332,7 +333,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
 
     def spy(*arguments: object, **options: object) -> np.ndarray:
         picture = decode_jpeg(*arguments, **options)
-        decoded.append((picture.shape[:2], options["fastdct"], options["fastupsample"]))
+        decoded.append((picture.shape[:2], options["fastupsample"], options.get("fastdct")))
         return picture
 
     monkeypatch.setattr(image_files.simplejpeg, "decode_jpeg", spy)
@@ -341,7 +342,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
         *_, crop_height, crop_width, _ = data.random_crop(0, 0, index, height, width, 0.08)
         filled(data.fill_train, CONFIG, 0, encoded, index, px=px)
         (shape, *fast) = decoded[-1]
-        assert fast == [True, True]
+        assert fast == [True, None]  # the fast DCT would darken
         scale = expected_scale("JPEG", crop_height, crop_width, px)
         assert shape == (-(-height // scale), -(-width // scale))
         scales.add(scale)
@@ -350,7 +351,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
 
     decoded.clear()
     filled(data.fill_val, CONFIG, encoded, 0, px=32)
-    assert decoded == [((height, width), False, False)]
+    assert decoded == [((height, width), False, None)]
 
 
 def test_a_crop_of_exactly_twice_the_size_is_decoded_at_half_of_it() -> None:
@@ -374,7 +375,7 @@ def test_exif_turns_crops_too(orientation: int) -> None:
         ours = filled(data.fill_train, CONFIG, 0, as_read(encoded), index, px=32)
         expected = filled(data.fill_train, CONFIG, 0, as_read(seen), index, px=32).astype(int)
         # Orientation 1 takes the DCT-scaled path, in which crops differ as above.
-        assert_close(ours, expected, (30, 4) if orientation == 1 else EXACT)
+        assert_close(ours, expected, (16, 2.5) if orientation == 1 else EXACT)
     ours = filled(data.fill_val, CONFIG, as_read(encoded), 0, px=32)
     assert_close(
         ours, filled(data.fill_val, CONFIG, as_read(plain), 0, px=32).astype(int), (2, 0.3)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import checkpoint
 import generate_trace_model
+import image_files
 import trainer
 import utils
 from model import ResNet50Wrapper, load_weights
@@ -120,6 +121,60 @@ def test_without_the_validation_images_it_still_exports(runs: Path, tmp_path: Pa
     assert "on 2 pictures of noise" in done.stdout
     assert (tmp_path / "app/model.pt").exists()
     assert not list((tmp_path / "app/examples").iterdir())
+
+
+def test_examples_come_from_a_store_too(runs: Path, tmp_path: Path) -> None:
+    """What it re-encoded is a JPEG by its old name; what no browser shows becomes a PNG."""
+    for part in ("train", "val"):
+        for label, (kind, side) in enumerate((("TIFF", 60), ("PNG", 90), ("TIFF", 90))):
+            path = tmp_path / "source" / part / f"class_{label}" / f"1.{kind.lower()}"
+            path.parent.mkdir(parents=True)
+            Image.effect_noise((side, side), 40 + label).convert("RGB").save(path, kind)
+    store = tmp_path / "store"
+    done = run_stage_command(
+        "scripts/prepare_data.py", "pack", tmp_path / "source", store, "--max-side", 80
+    )
+    assert done.returncode == 0, done.stderr
+    config_path = runs / "tiny/config.json"
+    content = config_path.read_text()
+    record = json.loads(content)
+    record["config"]["val_folder_name"] = str(store)
+    config_path.write_text(json.dumps(record))
+    try:
+        done = export(runs, tmp_path)
+    finally:
+        config_path.write_text(content)
+    assert done.returncode == 0, done.stderr
+    assert "on 3 validation images" in done.stdout
+    assert f"  {store}/val/class_1/1.png: class_" in done.stdout
+    images = image_files.open_image_set(str(store), "val")
+    for folder in (tmp_path / "app", runs / "tiny/export"):
+        paths = sorted((folder / "examples").iterdir())
+        assert [path.name for path in paths] == ["class_0.png", "class_1.jpg", "class_2.jpg"]
+        formats = [Image.open(path).format for path in paths]
+        assert formats == ["PNG", "JPEG", "JPEG"]
+        assert (
+            Image.open(paths[0]).tobytes()
+            == Image.open(tmp_path / "source/val/class_0/1.tiff").tobytes()
+        )
+        assert [path.read_bytes() for path in paths[1:]] == [
+            bytes(images.read(index)[0]) for index in (1, 2)
+        ]
+
+
+def test_an_example_that_cannot_be_read_gives_way_to_the_next(tmp_path: Path) -> None:
+    make_images(tmp_path, classes=2, images=2)
+    first, second = sorted((tmp_path / "val/class_1").iterdir())
+    first.write_bytes(b"no image")
+    second.rename(second.with_suffix(".JPEG"))
+    classes = ("class_0", "class_1", "class_9")  # the last has no pictures any more
+    examples = generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 3)
+    assert [(example.label, example.file_name) for example in examples] == [
+        (0, "class_0.jpg"),
+        (1, "class_1.jpeg"),
+    ]
+    assert examples[1].content == second.with_suffix(".JPEG").read_bytes()
+    assert generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 0) == []
 
 
 def test_unequal_outputs_are_refused_and_nothing_is_written(

@@ -148,7 +148,9 @@ def fill_val(config: Config, encoded: Encoded, index: int, out: np.ndarray) -> N
 Batch = tuple[torch.Tensor, torch.Tensor]  # images uint8 (N, px, px, 3); labels int64 (N,)
 
 DECODED_AHEAD = 2  # batches
-READ_AHEAD = 4  # more of a store's batches that are fetched from the disk: 17 MB each
+# More of a store's batches that are fetched from the disk: 17 MB each. Where memory is short, what
+# is fetched too early is forgotten before it is used, and read twice.
+READ_AHEAD = 1
 
 
 def reused_memory(shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:

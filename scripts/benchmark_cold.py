@@ -2,7 +2,9 @@
 
     python3 scripts/benchmark_cold.py STORE --output cold.json
 
-An instance with 16 GB of memory reads a store of 49 GB mostly from its disk. Each round loads
+An instance with 16 GB of memory reads a store of 49 GB mostly from its disk. To rehearse that, run
+it in a control group whose memory is smaller than the store, and whose disk is as slow as a rented
+one; --in-memory-img-per-s then says what the same command measured outside of it. Each round loads
 --images training pictures in random order, in a fresh process: with the store in the page cache;
 dropped from it; and dropped from it with reading ahead. Hidden is how much of the rate that the
 disk costs comes back by reading ahead. Prints the rounds; --output takes a JSON file.
@@ -53,6 +55,8 @@ class BenchmarkOptions:
     """pictures in a round, at most those in the store"""
     batch_size: int = 448
     """images in a batch"""
+    in_memory_img_per_s: float = 0.0
+    """rate in memory, of an earlier run; 0: measured here, in memory for the whole store"""
     repeats: int = 3
     """rounds of each kind"""
     output: Path | None = None
@@ -101,6 +105,8 @@ def main() -> None:
         "from disk, not read ahead": (True, 0),
         "from disk, read ahead": (True, data.READ_AHEAD),
     }
+    if options.in_memory_img_per_s:
+        kinds.pop("in memory")
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     context = multiprocessing.get_context("spawn")
     for number in range(options.repeats + 1):
@@ -124,8 +130,11 @@ def main() -> None:
                 rounds[name].append(result)
                 log.info("%-27s %6.0f img/s, %5.0f MB read from the disk", name, *result)
     rates = {name: [rate for rate, _ in found] for name, found in rounds.items()}
+    rates.setdefault("in memory", [options.in_memory_img_per_s] * options.repeats)
+    names = ("in memory", "from disk, not read ahead", "from disk, read ahead")
     hidden = [
-        (ahead - cold) / (warm - cold) for warm, cold, ahead in zip(*rates.values(), strict=True)
+        (ahead - cold) / (warm - cold)
+        for warm, cold, ahead in zip(*(rates[name] for name in names), strict=True)
     ]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     log.info("medians: %s", {name: round(value) for name, value in medians.items()})

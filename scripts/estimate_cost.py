@@ -23,11 +23,9 @@ from utils import (
     ConfigOptions,
     UserError,
     check_config,
-    log,
     parse_options,
     read_json,
     run_stage,
-    start_log,
     train_px,
 )
 
@@ -79,7 +77,9 @@ def core_rate(rates: dict[int, float], px: int) -> float:
     return rates[min((size for size in rates if size >= px), default=max(rates))]
 
 
-def hours(config: Config, gpu_rate: float, cores: float, rates: dict[int, float]) -> tuple:
+def hours(
+    config: Config, gpu_rate: float, cores: float, rates: dict[int, float]
+) -> tuple[float, float]:
     """Hours of the run, and the share of the training time in which the cores are the slower."""
     train_s = waiting_s = 0.0
     for epoch in range(config.epochs):
@@ -95,7 +95,6 @@ def hours(config: Config, gpu_rate: float, cores: float, rates: dict[int, float]
 def main() -> None:
     """Print the table."""
     options = parse_options(EstimateOptions, __doc__)
-    start_log(None)
     for name in ("gpu_img_per_s", "core_per_vcpu", "spot_share"):
         if not getattr(options, name) > 0:
             raise UserError(f"{name} is {getattr(options, name)}: it must be above 0")
@@ -106,11 +105,13 @@ def main() -> None:
         plans = {"224 px throughout": options.config, "128 to 192 px": growing}
     elif options.config.first_train_px:
         plans = {f"{options.config.first_train_px} to {options.config.train_px} px": options.config}
-    log.info("ESTIMATE, not a measurement: GPU %.0f img/s at 224 px;", options.gpu_img_per_s)
-    log.info("a vCPU counts as %.2f cores, of which each prepares", options.core_per_vcpu)
-    log.info("  %s", ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in rates.items()))
-    log.info("| crops | epochs | instance | hours | spot | on demand | slower part |")
-    log.info("|---|---|---|---|---|---|---|")
+    sizes = ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in rates.items())
+    print(
+        f"ESTIMATE, not a measurement: GPU {options.gpu_img_per_s:.0f} img/s at 224 px; a vCPU "
+        f"counts as {options.core_per_vcpu:g} cores, of which each prepares {sizes}"
+    )
+    print("\n| crops | epochs | instance | hours | spot | on demand | slower part |")
+    print("|---|---|---|---|---|---|---|")
     for crops, plan in plans.items():
         for epochs in options.epochs_to_show:
             config = dataclasses.replace(plan, epochs=epochs)
@@ -119,11 +120,11 @@ def main() -> None:
                 cores = vcpus * options.core_per_vcpu
                 run_h, waiting = hours(config, options.gpu_img_per_s, cores, rates)
                 slower = f"CPU in {100 * waiting:.0f} % of the time" if waiting else "GPU"
-                log.info(
-                    "| %s | %d | %s | %.1f | $%.2f | $%.2f | %s |",
-                    crops, epochs, instance, run_h, run_h * price * options.spot_share,
-                    run_h * price, slower,
-                )  # fmt: skip
+                print(
+                    f"| {crops} | {epochs} | {instance} | {run_h:.1f} "
+                    f"| ${run_h * price * options.spot_share:.2f} | ${run_h * price:.2f} "
+                    f"| {slower} |"
+                )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_it_measures_all_pipelines_that_are_installed(tmp_path: Path) -> None:
     output = tmp_path / "data.json"
     done = run_stage_command(
         *(SCRIPT, tmp_path / "images/train", "--images", 16, "--repeats", 1, "--px", 32),
-        *("--cores", 0, "--max-side", 48, "--output", output),
+        *("--cores", 0, "--seconds", 0.2, "--max-side", 48, "--output", output),
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,9 @@ def test_it_measures_all_pipelines_that_are_installed(tmp_path: Path) -> None:
     assert set(record) == {"command", "pictures", "settings", "results", "hardware", "versions"}
     assert {"images": 16, "distinct": 6}.items() <= record["pictures"].items()
     assert 0 < record["pictures"]["packed_mean_bytes"] < record["pictures"]["mean_bytes"]
-    assert record["settings"] == {"max_side": 48, "quality": 90, "batch_size": 256}
+    assert record["settings"] == {
+        **{"max_side": 48, "quality": 90, "batch_size": 256, "seconds": 0.2}
+    }
     cores = len(os.sched_getaffinity(0))
     assert record["hardware"]["cpu_cores"] == cores
     assert {"python", "torch", "torchvision", "simplejpeg"} <= set(record["versions"])

@@ -60,7 +60,6 @@ from utils import (
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Of glibc's malloc.h: how many blocks the system gives one by one, and how much is kept when free.
 WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32; a checkpoint holds the momentum beside it
 
 

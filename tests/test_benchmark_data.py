@@ -61,7 +61,7 @@ def test_it_measures_all_pipelines_that_are_installed(tmp_path: Path) -> None:
     [
         (["--pipelines", "ours, stroe"], "no pipeline 'ours, stroe': there are torchvision, orig"),
         ([], "no pictures in {}/<class>/"),
-        (["--images", "0"], "images is 0: it must be 1 or more"),
+        (["--images", "0"], "images is 0: it must be above 0"),
     ],
 )
 def test_nonsense_ends_with_one_line(options: list[str], says: str, tmp_path: Path) -> None:

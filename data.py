@@ -104,7 +104,9 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
         config.seed, epoch, index, height, width, config.crop_min_scale
     )
     if picture is None:
-        part = tiled_jpeg.cut(data, top, left, crop_height, crop_width)
+        # A view is of a store, which has compared it with its checksum.
+        trusted = isinstance(data, memoryview)
+        part = tiled_jpeg.cut(data, top, left, crop_height, crop_width, trusted)
         if part is not None:
             data, part_top, part_left, height, width = part
             top, left = top - part_top, left - part_left

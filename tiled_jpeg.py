@@ -86,11 +86,12 @@ def _restarts(jpeg: bytes | memoryview, first: int, interval: int) -> bool:
 
 
 def cut(
-    jpeg: bytes | memoryview, top: int, left: int, height: int, width: int
+    jpeg: bytes | memoryview, top: int, left: int, height: int, width: int, trusted: bool = False
 ) -> tuple[bytearray, int, int, int, int] | None:
     """A JPEG of the tiles under a crop: its bytes, the top and left of its corner, its size.
 
-    None for a JPEG that is not tiled. The rectangle must lie inside the picture.
+    None for a JPEG that is not tiled. The rectangle must lie inside the picture. `trusted` says
+    that the bytes were compared with a checksum, so that the markers need not be looked at.
     """
     if jpeg[_TABLE_AT : _TABLE_AT + 2] != b"\xff\xea" or len(jpeg) < _TABLE_AT + _TABLE.size:
         return None
@@ -115,6 +116,10 @@ def cut(
     part_height = min(whole_height, end_row * BLOCK_PX) - part_top
     part_width = min(whole_width, end_column * tile_px) - part_left
     rows = range(first_row * columns, end_row * columns, columns)
+    if not trusted and not all(
+        _markers_fit(jpeg, starts, range(row + first_column, row + end_column)) for row in rows
+    ):
+        return None  # the table is of another picture
     part = bytearray().join(
         [
             *(jpeg[:_TABLE_AT], jpeg[table_end : frame + 5]),
@@ -123,22 +128,22 @@ def cut(
             *(jpeg[starts[row + first_column] : starts[row + end_column]] for row in rows),
         ]
     )
-    # Behind each tile stands a marker, whose number is to follow that of the one before. If the
-    # markers are not where the table says, the table is of another picture.
+    # Behind each tile stands a marker, whose number is to follow that of the one before.
     position, number = first - (table_end - _TABLE_AT), 0
-    if rows[-1] + end_column == count and part[-1] == END_OF_IMAGE:
-        part[-1] = FIRST_MARKER | (count - 1) & 7
-    fits = True
     for row in rows:
-        tile = row + first_column
-        before = starts[tile]
-        fits &= tile == 0 or jpeg[before - 2 : before] == bytes((0xFF, FIRST_MARKER | tile - 1 & 7))
-        for length in lengths[tile : row + end_column]:
+        for length in lengths[row + first_column : row + end_column]:
             position += length
-            if part[position - 1] != FIRST_MARKER | tile & 7 or part[position - 2] != 0xFF:
-                fits = False
             part[position - 1] = FIRST_MARKER | number & 7
             number += 1
-            tile += 1
     part[-1] = END_OF_IMAGE
-    return (part, part_top, part_left, part_height, part_width) if fits else None
+    return part, part_top, part_left, part_height, part_width
+
+
+def _markers_fit(jpeg: bytes | memoryview, starts: list[int], tiles: range) -> bool:
+    """Whether the markers before, between and behind some tiles are where the table says."""
+    last = len(starts) - 1
+    for tile in range(max(1, tiles.start), tiles.stop + 1):
+        number = END_OF_IMAGE if tile == last else FIRST_MARKER | tile - 1 & 7
+        if jpeg[starts[tile] - 2] != 0xFF or jpeg[starts[tile] - 1] != number:
+            return False
+    return True

@@ -91,7 +91,12 @@ def main() -> None:
     for seed in range(options.seeds):
         for way in WAYS:
             name = f"{config.name}_{way}_{seed}"
-            arguments = [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
+            arguments = [
+                f"--{'' if value else 'no-'}{key}"
+                if isinstance(value, bool)
+                else f"--{key}={value}"
+                for key, value in changed.items()
+            ]
             process = context.Process(
                 target=train, args=(way, [*arguments, f"--name={name}", f"--seed={seed}"])
             )

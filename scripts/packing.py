@@ -272,7 +272,7 @@ def _check_layout(
     """Refuse pictures that do not lie in one train/ and one val/, each of one kind."""
     wanted = "train/<class>/<name> and val/<class>/<name>"
     if not roots:
-        raise UserError(f"{source.path} has no pictures in {wanted}")
+        raise UserError(f"{source.path} has no pictures in {wanted}: name what holds both")
     if len(roots) > 1:
         one, other = list(roots.values())[:2]
         raise UserError(

@@ -246,7 +246,7 @@ def batches(
         for indexes in chunks[:read_ahead]:
             reader.submit(image_set.read_ahead, indexes)
         for indexes, later in itertools.zip_longest(chunks, chunks[read_ahead:]):
-            if later is not None:
+            if read_ahead and later is not None:
                 reader.submit(image_set.read_ahead, later)
             started.append(start(indexes))
             if len(started) > ahead:

@@ -2,21 +2,30 @@
 
     python3 scripts/benchmark_cold.py STORE --output cold.json
 
-An instance with 16 GB of memory reads a store of 49 GB mostly from its disk. To rehearse that, run
-it in a control group whose memory is smaller than the store, and whose disk is as slow as a rented
-one; --in-memory-img-per-s then says what the same command measured outside of it. Each round loads
+An instance with 16 GB of memory reads a store of 49 GB mostly from its disk. Each round loads
 --images training pictures in random order, in a fresh process: with the store in the page cache;
 dropped from it; and dropped from it with reading ahead. Hidden is how much of the rate that the
-disk costs comes back by reading ahead. Prints the rounds; --output takes a JSON file.
+disk costs comes back by reading ahead. --device-img-per-s takes the batches at the pace of a GPU.
+
+How slow the disk is can be chosen in two ways. --disk-latency-ms lets every read wait so long, as
+over a network, by a file system in user space (FUSE; see requirements-bench.txt), whose own time on
+the CPU counts as the disk's. A control group limits reads and bytes a second, and memory;
+--in-memory-img-per-s then says what the same command measured outside of it. Prints the rounds;
+--output takes a JSON file.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import multiprocessing
 import os
+import stat
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +60,10 @@ class BenchmarkOptions:
     """side of the crops, in pixels"""
     workers: int = 2
     """threads that decode"""
+    device_img_per_s: float = 0.0
+    """pace at which a GPU takes the batches; 0: as fast as they come"""
+    disk_latency_ms: float = 0.0
+    """time that a read waits before the disk answers, in milliseconds; 0: the disk as it is"""
     images: int = 20_000
     """pictures in a round, at most those in the store"""
     batch_size: int = 448
@@ -74,7 +87,14 @@ def load(connection: Any, options: BenchmarkOptions, read_ahead: int) -> None:
     batches = data.batches(
         images, fill, order, options.batch_size, options.px, options.workers, read_ahead=read_ahead
     )
-    loaded = sum(len(labels) for _, labels in batches)
+    loaded = 0
+    step_end = started
+    for _, labels in batches:
+        loaded += len(labels)
+        if options.device_img_per_s:
+            # A step begins once its batch is there and the step before has ended.
+            step_end = max(step_end, time.perf_counter()) + len(labels) / options.device_img_per_s
+            time.sleep(max(0.0, step_end - time.perf_counter()))
     connection.send((loaded / (time.perf_counter() - started), (disk_bytes() - before) / 1e6))
 
 
@@ -91,8 +111,55 @@ def drop_from_page_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def serve_slowly(store: Path, folder: str, latency_ms: float) -> None:
+    """Show a store as folder/store, each of whose reads takes `latency_ms` longer, until killed."""
+    import mfusepy
+
+    file = os.open(store, os.O_RDONLY)
+
+    class SlowDisk(mfusepy.Operations):
+        use_ns = True  # times in nanoseconds, as mfusepy wants it
+
+        def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
+            if path == "/":
+                return {"st_mode": stat.S_IFDIR | 0o755}
+            if path != "/store":
+                raise mfusepy.FuseOSError(errno.ENOENT)
+            return {"st_mode": stat.S_IFREG | 0o444, "st_size": os.fstat(file).st_size}
+
+        def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+            time.sleep(latency_ms / 1000)
+            return os.pread(file, size, offset)
+
+    # The kernel keeps what was read in the page cache, as of any disk.
+    mfusepy.FUSE(SlowDisk(), folder, foreground=True, ro=True, kernel_cache=True)
+
+
+@contextlib.contextmanager
+def slow_disk(store: Path, latency_ms: float) -> Iterator[Path]:
+    """The store on a disk whose reads take longer; raises UserError where there can be none."""
+    with tempfile.TemporaryDirectory() as folder:
+        shown = Path(folder) / "store"
+        process = multiprocessing.get_context("spawn").Process(
+            target=serve_slowly, args=(store, folder, latency_ms)
+        )
+        process.start()
+        try:
+            while not shown.exists():
+                if not process.is_alive():
+                    raise UserError(
+                        "no slow disk, see above: it needs mfusepy (requirements-bench.txt), "
+                        "Debian's fuse3 and libfuse2, and the right to mount"
+                    )
+                time.sleep(0.1)
+            yield shown
+        finally:
+            process.terminate()  # which unmounts it
+            process.join()
+
+
 def main() -> None:
-    """Measure the three kinds in turn."""
+    """Check the options, and measure on the disk that they ask for."""
     options = parse_options(BenchmarkOptions, __doc__)
     start_log(None)
     first, end = open_store(options.store).parts["train"]
@@ -100,6 +167,15 @@ def main() -> None:
         if getattr(options, name) < 1:
             raise UserError(f"{name} is {getattr(options, name)}: it must be 1 or more")
     options = dataclasses.replace(options, images=min(options.images, end - first))
+    if not options.disk_latency_ms:
+        measure(options)
+        return
+    with slow_disk(options.store, options.disk_latency_ms) as store:
+        measure(dataclasses.replace(options, store=store))
+
+
+def measure(options: BenchmarkOptions) -> None:
+    """Measure the three kinds in turn."""
     kinds = {
         "in memory": (False, data.READ_AHEAD),
         "from disk, not read ahead": (True, 0),
@@ -148,7 +224,10 @@ def main() -> None:
             {
                 "settings": {
                     name: getattr(options, name)
-                    for name in ("px", "workers", "images", "batch_size")
+                    for name in (
+                        *("px", "workers", "images", "batch_size"),
+                        *("device_img_per_s", "disk_latency_ms"),
+                    )
                 },
                 "store_bytes": options.store.stat().st_size,
                 "img_per_s": {

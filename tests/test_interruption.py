@@ -520,6 +520,11 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool], seconds: 
         time.sleep(0.01)
 
 
+def log_of(folder: Path) -> str:
+    path = folder / "train.log"
+    return path.read_text() if path.exists() else ""
+
+
 def end_of(process: subprocess.Popen) -> tuple[int, bytes]:
     """Exit code and stderr."""
     try:
@@ -560,9 +565,6 @@ def test_signals_in_training_and_both_validations_change_nothing(
     stopped = {**settings, "name": "stopped"}
     folder = run_folder(stopped)
 
-    def log() -> str:
-        return (folder / "train.log").read_text() if (folder / "train.log").exists() else ""
-
     def stop(process: subprocess.Popen) -> None:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             process.send_signal(number)
@@ -570,30 +572,33 @@ def test_signals_in_training_and_both_validations_change_nothing(
 
     # A storm of SIGUSR1 in the epoch saves and goes on.
     process = start(stopped)
-    wait_for(process, lambda: "  step 1/11" in log())
+    wait_for(process, lambda: "  step 1/11" in log_of(folder))
     for _ in range(200):
         process.send_signal(signal.SIGUSR1)
         time.sleep(0.002)
-    wait_for(process, lambda: "as asked, in " in log())
+    wait_for(process, lambda: "as asked, in " in log_of(folder))
     stop(process)
     step = checkpoint.load_latest(folder / "checkpoints")["step"]
-    saved = [int(number) for number in re.findall(r"saved after step (\d+), as asked, in ", log())]
+    saved = [
+        int(number)
+        for number in re.findall(r"saved after step (\d+), as asked, in ", log_of(folder))
+    ]
     assert saved == sorted(saved) and saved[-1] <= step
-    assert f"interrupted in epoch 1, everything is saved after step {step}:" in log()
-    assert "EC2" not in log()
+    assert f"interrupted in epoch 1, everything is saved after step {step}:" in log_of(folder)
+    assert "EC2" not in log_of(folder)
 
     # In the validation the state is that of the end of training.
     process = start(stopped)
-    wait_for(process, lambda: "  step 11/11" in log())
+    wait_for(process, lambda: "  step 11/11" in log_of(folder))
     process.send_signal(signal.SIGUSR1)
-    wait_for(process, lambda: "saved after step 11, as asked" in log())
+    wait_for(process, lambda: "saved after step 11, as asked" in log_of(folder))
     stop(process)
     state = checkpoint.load_latest(folder / "checkpoints")
     assert (state["step"], state["history"]) == (11, [])
 
     # In the last evaluation the epoch is finished.
     process = start(stopped)
-    wait_for(process, lambda: "epoch 1/1  train loss" in log())
+    wait_for(process, lambda: "epoch 1/1  train loss" in log_of(folder))
     stop(process)
     assert not (folder / "result.json").exists()
     assert len(checkpoint.load_latest(folder / "checkpoints")["history"]) == 1
@@ -651,9 +656,6 @@ def test_ec2s_notice_saves_in_time_after_all_kinds_of_odd_answers(
         "http_proxy": "http://127.0.0.1:9",
     }
 
-    def log() -> str:
-        return (folder / "train.log").read_text() if (folder / "train.log").exists() else ""
-
     def rows(settings: dict[str, object]) -> list[dict[str, object]]:
         path = run_folder(settings) / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -675,13 +677,13 @@ def test_ec2s_notice_saves_in_time_after_all_kinds_of_odd_answers(
         (path,) = answers
         asked = service.count(path)
         wait_for(process, lambda: service.count(path) > asked)  # noqa: B023
-    assert "as asked, in " in log()
-    assert "interrupted" not in log()
+    assert "as asked, in " in log_of(folder)
+    assert "interrupted" not in log_of(folder)
     assert service.refused == 1
 
     service.answers = {NOTICE_PATH: reply(200, notice("terminate", in_seconds(120)))}
     assert end_of(process) == (75, b"")
-    whole = log()
+    whole = log_of(folder)
     assert whole.count("answers oddly") == 1
     assert whole.count("rebalance recommendation") == 1
     (told,) = [line for line in whole.splitlines() if "to spare" in line]

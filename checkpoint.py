@@ -13,8 +13,6 @@ import hashlib
 import io
 import re
 import shutil
-import signal
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,14 +111,6 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_on_cpu(item, copy) for item in value)
     return value
-
-
-def watch_for_interruption() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal does no harm."""
-    interrupted = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: interrupted.set())
-    return interrupted
 
 
 # ------------------------------------------------------------------------------ before training

@@ -9,8 +9,8 @@ on one A10G for $26.41; this code has not been run on ImageNet yet.
 
 Reads a folder of training and one of validation images. Writes into runs/<name>/: config.json,
 metrics.jsonl, train.log, checkpoints/, best.pt and last.pt (weights under torchvision's names) and
-result.json. The same command again goes on where the run was. Exit code 75 says that a signal
-stopped it with everything saved.
+result.json. The same command again goes on where the run was. Exit code 75 says that a signal, or
+EC2's notice that it takes the instance, stopped it with everything saved.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ import tqdm
 import checkpoint
 import data
 import image_files
+import interruption
 from model import ResNet50Wrapper, load_weights
 from utils import (
     EXIT_FAILED,
@@ -116,7 +116,7 @@ class Run:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and the step under way has ended."""
+    """The run was asked to stop, and the step under way has ended."""
 
 
 # ------------------------------------------------------------------------------ the step
@@ -188,15 +188,14 @@ def evaluate(
     batches: Iterator[data.Batch],
     device: torch.device,
     precision: str,
-    interrupted: threading.Event,
+    heed: Callable[[], None],
 ) -> dict[str, Any]:
-    """val_loss, val_top1 and val_top5 with their counts; raises Interrupted when asked to stop."""
+    """val_loss, val_top1 and val_top5 with their counts; calls `heed` before each batch."""
     model.eval()
     totals = new_totals(device)
     with torch.inference_mode(), contextlib.closing(data.to_device(batches, device)) as on_device:
         for images, labels in on_device:
-            if interrupted.is_set():
-                raise Interrupted
+            heed()
             with autocast(device, precision):
                 logits = model(data.normalize(images, DTYPES[precision])).float()
             loss = torch.nn.functional.cross_entropy(logits, labels)
@@ -212,11 +211,11 @@ def train_epoch(
     config: Config,
     train_set: image_files.ImageSet,
     save: Callable[[], None],
-    interrupted: threading.Event,
+    heed: Callable[[], None],
 ) -> None:
     """Train what is left of the epoch under way, saving from time to time.
 
-    Raises Interrupted when asked to stop, and UserError once the loss is not a number.
+    Calls `heed` after each step; raises UserError once the loss is not a number.
     """
     epoch, steps = len(run.history), steps_per_epoch(config, train_set)
     first_step = run.step - epoch * steps
@@ -234,8 +233,7 @@ def train_epoch(
             run.elapsed_s += now - clock
             clock = now
             progress.tell(now)
-            if interrupted.is_set():
-                raise Interrupted
+            heed()
             if now - saved_at >= 60 * config.checkpoint_minutes:
                 save()
                 saved_at = now
@@ -319,14 +317,14 @@ def finish_epoch(
     config: Config,
     folder: Path,
     val_set: image_files.ImageSet,
-    interrupted: threading.Event,
+    heed: Callable[[], None],
 ) -> None:
     """Validate, add the epoch's row to the history and the screen, and keep its weights."""
     train = read_totals(run.totals, "train")
     refuse_nan(train["train_loss"], len(run.history), run.step)
     started = time.monotonic()
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
-    val = evaluate(run.model, val_batches, run.device, run.precision, interrupted)
+    val = evaluate(run.model, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
     steps = run.step // (len(run.history) + 1)
     row = {
@@ -589,7 +587,7 @@ def report(
     config: Config,
     folder: Path,
     val_set: image_files.ImageSet,
-    interrupted: threading.Event,
+    heed: Callable[[], None],
 ) -> None:
     """Evaluate the best weights once more, as read from the disk and in fp32; write result.json."""
     try:
@@ -599,7 +597,7 @@ def report(
     model = model.to(run.device, memory_format=torch.channels_last)
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     torch.backends.cudnn.allow_tf32 = False  # which a GPU would otherwise take for fp32
-    val = evaluate(model, val_batches, run.device, "fp32", interrupted)
+    val = evaluate(model, val_batches, run.device, "fp32", heed)
     best = max(run.history, key=lambda row: row["val_top1"])  # the first of equals, as saved
     price = config.price_per_hour * run.elapsed_s / 3600
     result = {
@@ -637,6 +635,7 @@ def write_tensorboard(folder: Path, history: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Train a run to its end, from wherever it stands."""
+    requests = interruption.note_signals(nothing_to_save=True)
     options = parse_options(TrainerOptions, __doc__)
     start_log(None)
     check_config(options.config)
@@ -681,19 +680,33 @@ def main() -> None:
     def save() -> None:
         saver.save({**run.state(), **identity})
 
-    interrupted = checkpoint.watch_for_interruption()
+    def heed() -> None:
+        """Stop or save if that was asked for."""
+        if requests.stop:
+            raise Interrupted
+        if requests.save:
+            requests.save = False  # before saving: a request that comes meanwhile is another one
+            started = time.monotonic()
+            save()
+            saver.wait()
+            seconds = time.monotonic() - started
+            log.info("saved after step %d, as asked, in %.1f s", run.step, seconds)
+
+    interruption.watch_ec2(requests)
+    requests.nothing_to_save = False
     try:
         while len(run.history) < total_epochs(config):
-            train_epoch(run, config, train_set, save, interrupted)
-            finish_epoch(run, config, folder, val_set, interrupted)
+            train_epoch(run, config, train_set, save, heed)
+            finish_epoch(run, config, folder, val_set, heed)
             save()
             write_metrics(folder / "metrics.jsonl", run.history)
             if config.tensorboard:
                 write_tensorboard(folder, run.history)
-        report(run, config, folder, val_set, interrupted)
+        report(run, config, folder, val_set, heed)
     except Interrupted:
         save()
         saver.wait()
+        interruption.tell_saved(requests)
         log.info(
             "interrupted in epoch %d, everything is saved after step %d: the same command goes on",
             len(run.history) + 1, run.step,

@@ -30,7 +30,7 @@ import tqdm
 
 import image_files
 import tiled_jpeg
-from checkpoint import watch_for_interruption
+from interruption import note_signals
 from store import PARTS, Store, StoreWriter, open_store
 from utils import EXIT_INTERRUPTED, UserError, format_duration, log
 
@@ -449,7 +449,7 @@ def add_pictures(
     Returns the name and the reason of each that cannot be read.
     """
     todo = [at for at, entry in enumerate(entries) if entry not in writer]
-    interrupted = watch_for_interruption()
+    requests = note_signals()
     progress = Progress(len(entries), len(entries) - len(todo))
     bad: list[tuple[str, str]] = []
     underway: collections.deque = collections.deque()
@@ -480,16 +480,16 @@ def add_pictures(
         reads = source.contents([members[at] for at in todo])
         pairs = zip((entries[at] for at in todo), reads, strict=True)
         # Some pictures a task, since handing over has a price of its own.
-        while not interrupted.is_set() and (some := list(itertools.islice(pairs, 4))):
+        while not requests.stop and (some := list(itertools.islice(pairs, 4))):
             underway.append(pool.submit(prepare_some, some))
             if len(underway) > 4 + 2 * workers:
                 write_oldest()
-        while underway and not interrupted.is_set():
+        while underway and not requests.stop:
             write_oldest()
     finally:
         pool.shutdown(cancel_futures=True)
         progress.bar.close()
-    if interrupted.is_set():
+    if requests.stop:
         raise UserError(
             f"interrupted after {len(writer):,} of {len(entries):,} pictures: the same command "
             f"goes on from {writer.partial}",

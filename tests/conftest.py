@@ -15,8 +15,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # What a script starts in the background does not hear Ctrl-C; the commands shall all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; the commands inherit it
-# One thread, since the tests themselves are the parallelism; no GPU, even where there is one.
-COMMAND_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# One thread, since the tests themselves are the parallelism; no GPU, even where there is one; and
+# no EC2, even on an instance.
+COMMAND_ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 def make_images(

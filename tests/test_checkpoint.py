@@ -1,9 +1,7 @@
 """Saving, loading, and what a damaged or crowded folder does to them."""
 
 import hashlib
-import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
@@ -88,19 +86,6 @@ def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> 
     saver.save(make_state(1))
     with pytest.raises(OSError, match="No such file"):
         saver.save(make_state(2))
-
-
-def test_signals_are_noted_and_a_second_one_does_no_harm() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        interrupted = checkpoint.watch_for_interruption()
-        assert not interrupted.is_set()
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
-            assert interrupted.wait(5)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_settings_that_change_the_result_may_not_change() -> None:

@@ -88,14 +88,13 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
 def _load(path: Path) -> dict[str, Any]:
     """A checkpoint on the CPU; raises ValueError, among others, if it is not what was saved."""
-    epochs, step, digest = _NAME.fullmatch(path.name).groups()
     content = path.read_bytes()
-    if not hashlib.sha256(content).hexdigest().startswith(digest):
+    if not hashlib.sha256(content).hexdigest().startswith(_NAME.fullmatch(path.name)[3]):
         raise ValueError("its content is not what was saved")
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
         raise ValueError("it holds something else than a run")
-    if (len(state["history"]), state["step"]) != (int(epochs), int(step)):
+    if (len(state["history"]), state["step"]) != _age(path):
         raise ValueError("its name is not the one that it was saved under")
     return state
 
@@ -103,16 +102,18 @@ def _load(path: Path) -> dict[str, Any]:
 def _generations(folder: Path) -> list[Path]:
     """Checkpoints of a folder, the newest first; raises OSError if it cannot be read."""
 
-    def age(path: Path) -> tuple[int, int]:
-        epochs, step, _ = _NAME.fullmatch(path.name).groups()
-        return int(epochs), int(step)
-
     # Where a disk fails, glob finds nothing without a word, and the run would begin anew.
     try:
         found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     except FileNotFoundError:
         return []
-    return sorted(found, key=age, reverse=True)
+    return sorted(found, key=_age, reverse=True)
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Finished epochs and steps of a checkpoint."""
+    epochs, step, _ = _NAME.fullmatch(path.name).groups()
+    return int(epochs), int(step)
 
 
 class BackgroundSaver:
@@ -189,6 +190,20 @@ def lock(folder: Path) -> BinaryIO:
             f"another process trains in {folder}: wait for its end, or take another --name"
         ) from None
     return file
+
+
+def check_newest(folder: Path, state: dict[str, Any] | None) -> None:
+    """Refuse to go on from a state that is no longer the newest one; raises UserError.
+
+    Another process may have saved between loading and locking, one that a signal has just ended.
+    Going on would undo its work.
+    """
+    standing = (-1, -1) if state is None else (len(state["history"]), state["step"])
+    if any(_age(path) > standing for path in _generations(folder)):
+        raise UserError(
+            f"another process has just saved to {folder}: give the same command again, to go on "
+            "from there"
+        )
 
 
 def check_settings(state: dict[str, Any], config: Config) -> None:

@@ -91,6 +91,7 @@ class Drill:
     write_s: float = 0.0  # a temporary file's life
     missed: int = 0  # kills that did not hit what they were meant to
     runs: int = 0  # compared with the undisturbed one
+    standing: tuple[int, int] | None = None  # epochs and steps saved of the run under way
     steps_twice: list[int] = dataclasses.field(default_factory=list)  # a number a kill
 
 
@@ -258,7 +259,7 @@ def kill_once(drill: Drill, run: Path, kind: str, expected: dict[str, Any]) -> b
     """
     draws, train_log = drill.draws, run / "train.log"
     workers, minutes = draws.choice(WORKERS), draws.choice(CHECKPOINT_MINUTES)
-    offset, leftovers, before = size(train_log), half_written(run), standing(run)
+    offset, leftovers = size(train_log), half_written(run)
     saves_let_pass = draws.randrange(3)
     share = draws.random()  # of the time in which the kill is to fall
     seen: set[str] = set()  # temporary files
@@ -293,8 +294,9 @@ def kill_once(drill: Drill, run: Path, kind: str, expected: dict[str, Any]) -> b
         was_hit = kind == RANDOM or reached is None
 
     where = f"after {len(drill.steps_twice) + 1} kills, the last one {kind}"
-    now = check_files(run, before, expected, where)
-    twice = max(0, (reached or 0) - (now[1] if now else 0))
+    drill.standing = check_files(run, drill.standing, expected, where)
+    saved_epochs, saved_steps = drill.standing or (0, 0)
+    twice = max(0, (reached or 0) - saved_steps)
     most = 2 * (1 if minutes == 0 else STEPS_PER_EPOCH)
     if twice > most:
         raise failed(f"{where}: {twice} steps are lost, at most {most} may be")
@@ -303,16 +305,10 @@ def kill_once(drill: Drill, run: Path, kind: str, expected: dict[str, Any]) -> b
         "kill %3d  %-17s  after %4.1f s, %d workers, %g min: at %s, %s goes on after %d epochs and "
         "%d steps%s",
         len(drill.steps_twice), kind, lived_s, workers, minutes,
-        "no step yet" if reached is None else f"step {reached}", run.name, *(now or (0, 0)),
-        "" if was_hit else "; missed its moment",
+        "no step yet" if reached is None else f"step {reached}", run.name,
+        saved_epochs, saved_steps, "" if was_hit else "; missed its moment",
     )  # fmt: skip
     return was_hit
-
-
-def standing(run: Path) -> tuple[int, int] | None:
-    """Epochs and steps of the newest checkpoint, None without one; raises UserError if damaged."""
-    state = checkpoint.load_latest(run / "checkpoints")
-    return None if state is None else (len(state["history"]), state["step"])
 
 
 def check_files(
@@ -324,7 +320,8 @@ def check_files(
         if hashlib.sha256(content).hexdigest()[: checkpoint.HASH_DIGITS] != path.stem[-16:]:
             raise failed(f"{where}: {path} is damaged")
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    now = standing(run)
+    state = checkpoint.load_latest(run / "checkpoints")
+    now = None if state is None else (len(state["history"]), state["step"])
     if before is not None and (now is None or now < before):
         raise failed(f"{where}: the run went back from {before} epochs and steps to {now}")
     metrics = run / "metrics.jsonl"
@@ -354,6 +351,7 @@ def finish_run(drill: Drill, run: Path, expected: dict[str, Any]) -> None:
     if different:
         raise failed(f"{run.name} has ended with other {', '.join(different)} than undisturbed")
     drill.runs += 1
+    drill.standing = None
     log.info("%s has ended, equal to the undisturbed run in %s", run.name, ", ".join(expected))
     shutil.rmtree(run)
 
@@ -377,7 +375,7 @@ def carry_out(options: DrillOptions, folder: Path) -> dict[str, Any]:
     run = folder / "runs" / "disturbed_1"
     while any(left.values()):
         possible = [kind for kind in kinds if left[kind]]
-        if standing(run) is None:  # there is nothing to resume yet
+        if drill.standing is None:  # there is nothing to resume yet
             possible = [kind for kind in possible if kind != RESUMING] or [RANDOM]
         kind = drill.draws.choice(possible)
         was_hit = kill_once(drill, run, kind, expected)

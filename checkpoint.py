@@ -7,6 +7,7 @@ flushed and renamed, and only then are older ones removed. Loading checks the ha
 back to the generation before.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -45,10 +46,12 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     # What seems newer is damaged, or it would have been loaded.
     found = _generations(folder)
     kept = found[found.index(path) :][:GENERATIONS_KEPT]
-    for other in set(found) - set(kept):
-        other.unlink(missing_ok=True)
-    for leftover in folder.glob(".epochs-*.tmp"):  # of a process that was killed while saving
-        leftover.unlink(missing_ok=True)
+    leftovers = folder.glob(".epochs-*.tmp")  # of a process killed while saving, or damaged
+    for other in (*set(found) - set(kept), *leftovers):
+        try:
+            other.unlink(missing_ok=True)
+        except OSError as error:  # it only takes room: no reason to stop a run
+            log.warning("%s cannot be removed (%s)", other, error.strerror)
     return path
 
 
@@ -57,13 +60,23 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
     Raises UserError if it holds some and all are damaged.
     """
-    found = _generations(folder)
-    for path in found:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest().startswith(_NAME.fullmatch(path.name)[3]):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        log.warning("%s is damaged, its content is not what was saved: left aside", path)
-    if found:
+    damaged = []
+    for path in _generations(folder):
+        try:
+            state = _load(path)
+        except (PermissionError, MemoryError):  # nothing is damaged
+            raise
+        # Beside those of a disk, torch.load has many errors for what another program wrote.
+        except Exception as error:
+            reason = (str(error) or repr(error)).partition("\n")[0]
+            log.warning("%s is damaged (%s): left aside", path, reason)
+            damaged.append(path)
+            continue
+        for other in damaged:  # lest the next save keeps one of them as its second generation
+            with contextlib.suppress(OSError):
+                other.rename(other.with_name(f".{other.name}.tmp"))
+        return state
+    if damaged:
         raise UserError(
             f"every checkpoint in {folder} is damaged: put a copy there, or begin again with "
             "another --name"
@@ -71,15 +84,34 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _load(path: Path) -> dict[str, Any]:
+    """A checkpoint on the CPU; raises ValueError, among others, if it is not what was saved."""
+    content = path.read_bytes()
+    if not hashlib.sha256(content).hexdigest().startswith(_NAME.fullmatch(path.name)[3]):
+        raise ValueError("its content is not what was saved")
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
+        raise ValueError("it holds something else than a run")
+    if (len(state["history"]), state["step"]) != _age(path):
+        raise ValueError("its name is not the one that it was saved under")
+    return state
+
+
 def _generations(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, the newest first."""
+    """Checkpoints of a folder, the newest first; raises OSError if it cannot be read."""
 
-    def age(path: Path) -> tuple[int, int]:
-        epochs, step, _ = _NAME.fullmatch(path.name).groups()
-        return int(epochs), int(step)
+    # Where a disk fails, glob finds nothing without a word, and the run would begin anew.
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=_age, reverse=True)
 
-    found = [path for path in folder.glob("epochs-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=age, reverse=True)
+
+def _age(path: Path) -> tuple[int, int]:
+    """Finished epochs and steps of a checkpoint."""
+    epochs, step, _ = _NAME.fullmatch(path.name).groups()
+    return int(epochs), int(step)
 
 
 class BackgroundSaver:
@@ -148,6 +180,20 @@ def lock(folder: Path) -> BinaryIO:
             f"another process trains in {folder}: wait for its end, or take another --name"
         ) from None
     return file
+
+
+def check_newest(folder: Path, state: dict[str, Any] | None) -> None:
+    """Refuse to go on from a state that is no longer the newest one; raises UserError.
+
+    Another process may have saved between loading and locking, one that a signal has just ended.
+    Going on would undo its work.
+    """
+    standing = (-1, -1) if state is None else (len(state["history"]), state["step"])
+    if any(_age(path) > standing for path in _generations(folder)):
+        raise UserError(
+            f"another process has just saved to {folder}: give the same command again, to go on "
+            "from there"
+        )
 
 
 def check_settings(state: dict[str, Any], config: Config) -> None:

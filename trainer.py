@@ -664,6 +664,7 @@ def main() -> None:
 
     checkpoint.prepare_folder(folder, WEIGHTS_BYTES)
     lock = checkpoint.lock(folder)
+    checkpoint.check_newest(folder / "checkpoints", state)
     start_log(folder / "train.log")
     save_config(folder, config, train_set.classes, describe_hardware(run))
     describe_run(run, config, train_set, val_set, skipped)

@@ -12,14 +12,19 @@ has_browser() {
     done
     return 1
 }
+sudo=$([ "$(id -u)" = 0 ] || command -v sudo || true)
 if ! has_browser; then
-    sudo=$([ "$(id -u)" = 0 ] || command -v sudo || true)
     # Debian has Chromium; where the packages have none but a snap, Playwright brings its own.
     if ! { $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive \
         apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null ||
         ! has_browser; then
         "$bin/python" -m playwright install --with-deps chromium
     fi
+fi
+# Saving is tested with the faults that strace puts into its system calls.
+if ! command -v strace >/dev/null; then
+    { $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -qq -y --no-install-recommends strace; } >/dev/null
 fi
 
 "$bin/ruff" check .

@@ -116,3 +116,14 @@ def test_a_run_belongs_to_one_process(tmp_path: Path) -> None:
         checkpoint.lock(tmp_path)
     first.close()
     checkpoint.lock(tmp_path).close()
+
+
+def test_what_another_process_saved_meanwhile_is_not_undone(tmp_path: Path) -> None:
+    checkpoint.check_newest(tmp_path, None)
+    checkpoint.save(tmp_path, make_state(5))
+    state = checkpoint.load_latest(tmp_path)
+    checkpoint.check_newest(tmp_path, state)
+    checkpoint.save(tmp_path, make_state(5, epochs=1))
+    for outdated in (None, state):
+        with pytest.raises(UserError, match="another process has just saved"):
+            checkpoint.check_newest(tmp_path, outdated)

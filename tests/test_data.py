@@ -438,6 +438,9 @@ def test_neither_workers_nor_an_interruption_change_a_byte(tmp_path: Path) -> No
     for first_batch in range(6):
         assert read(2, first_batch) == whole[first_batch:]
     assert read(0, 3) == whole[3:]
+    # Taken up at every batch with another number of workers, in any order.
+    for order in itertools.permutations((0, 1, 2, 4)):
+        assert [read(workers, number)[0] for number, workers in enumerate(order)] == whole[:4]
 
 
 class Fills:

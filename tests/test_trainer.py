@@ -257,11 +257,15 @@ def stop_again_and_again(
 
 
 def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> None:
-    """The real command, stopped by SIGTERM or SIGINT a step or so after each start."""
+    """The real command, stopped by SIGTERM or SIGINT a step or so after each start.
+
+    Each start has another number of workers.
+    """
     train(settings)
     stopped = {**settings, "name": "stopped", "log_interval_s": 1e-9}
     folder = run_folder(stopped)
-    ends = stop_again_and_again(stopped, [signal.SIGTERM, signal.SIGINT] * 4)
+    starts = ({**stopped, "workers": workers} for workers in itertools.cycle((2, 0, 4, 1)))
+    ends = stop_again_and_again(stopped, [signal.SIGTERM, signal.SIGINT] * 4, starts)
     assert len(ends) >= 2
     assert ends == sorted(ends)
     assert "everything is saved" in (folder / "train.log").read_text()

@@ -1,0 +1,52 @@
+"""A short drill, and whether the drill notices a trainer that loses something."""
+
+import json
+import shutil
+from pathlib import Path
+
+from conftest import REPOSITORY, run_stage_command
+
+
+def drill(*arguments: object, stage: Path = Path("scripts/kill_drill.py")):
+    return run_stage_command(stage, *arguments, timeout=280)
+
+
+def test_six_kills_change_nothing(tmp_path: Path) -> None:
+    done = drill("--kills", 6, "--folder", tmp_path, "--output", tmp_path / "drill.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "drill.json").read_text())
+    kinds = ("at random moments", "while saving", "while resuming")
+    assert record["kills"] == dict.fromkeys(kinds, 2)
+    kills = 6 + record["more_kills_that_missed_their_moment"]
+    assert done.stdout.count("  kill ") == kills
+    assert record["runs_compared"] >= 1
+    assert record["steps"]["done_twice_after_one_kill"] <= 8
+    assert len(record["outcome"]["metrics"]) == record["outcome"]["epochs"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["drill.json"]
+
+
+def test_a_trainer_that_forgets_its_momentum_is_found_out(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / "scripts").mkdir(parents=True)
+    for path in (*REPOSITORY.glob("*.py"), REPOSITORY / "scripts/kill_drill.py"):
+        shutil.copy(path, copy / path.relative_to(REPOSITORY))
+    code = (copy / "trainer.py").read_text()
+    line = 'self.optimizer.load_state_dict(state["optimizer"])'
+    assert code.count(line) == 1
+    (copy / "trainer.py").write_text(code.replace(line, "pass"))
+    stage = copy / "scripts/kill_drill.py"
+    done = drill("--kills", 3, "--folder", tmp_path, stage=stage)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("error: ")
+    assert "momentum" in message
+    (kept,) = tmp_path.glob("kill_drill_*")
+    assert str(kept) in message
+    shutil.rmtree(kept)  # 600 MB
+
+
+def test_no_kills_are_refused(tmp_path: Path) -> None:
+    done = drill("--kills", 0, "--folder", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: kills is 0: it must be 1 or more\n"
+    assert not list(tmp_path.iterdir())

@@ -9,9 +9,11 @@ back to the generation before.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
+import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +22,15 @@ from typing import Any, BinaryIO
 
 import torch
 
-from utils import FREE_SETTINGS, Config, UserError, check_writable, log, write_atomically
+from utils import (
+    EXIT_FAILED,
+    RESULT_SETTINGS,
+    Config,
+    UserError,
+    check_writable,
+    log,
+    write_atomically,
+)
 
 GENERATIONS_KEPT = 2
 HASH_DIGITS = 16
@@ -38,10 +48,20 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     """Write a checkpoint durably and remove all but the newest ones; raises OSError.
 
     The state holds "step" and "history", the rows of the finished epochs, beside what else it may.
+    Weights that are not numbers are no state to go on from: they raise UserError.
     """
+    weights = state.get("model", {}).values()
+    if not all(weight.isfinite().all() for weight in weights):
+        raise UserError(
+            f"after step {state['step']} there are weights that are not numbers: nothing is saved, "
+            "the last checkpoint is kept; begin again with a lower --max-lr, under another --name",
+            EXIT_FAILED,
+        )
     content = encode(state)
     digest = hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
     path = folder / f"epochs-{len(state['history']):03d}-step-{state['step']:08d}-{digest}.pt"
+    if shutil.disk_usage(folder).free < len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     write_atomically(path, content)
     # What seems newer is damaged, or it would have been loaded.
     found = _generations(folder)
@@ -127,6 +147,11 @@ class BackgroundSaver:
         self.wait()
         self._underway = self._thread.submit(save, self.folder, _on_cpu(state, copy=True))
 
+    def check(self) -> None:
+        """Raise what the last save ran into, if it has ended; waits for nothing."""
+        if self._underway is not None and self._underway.done():
+            self.wait()
+
     def wait(self) -> None:
         """Return once the last checkpoint is on the disk; raises OSError if it could not be."""
         if self._underway is not None:
@@ -202,7 +227,7 @@ def check_settings(state: dict[str, Any], config: Config) -> None:
     different = [
         f"{field} was {before[field]}, is {value}"
         for field, value in dataclasses.asdict(config).items()
-        if field not in FREE_SETTINGS
+        if field in RESULT_SETTINGS
         and before.get(field, value) != value
         # a run may be extended, once
         and not (field == "extra_epochs" and before[field] == 0)

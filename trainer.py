@@ -61,6 +61,10 @@ from utils import (
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32; a checkpoint holds the momentum beside it
+OPEN_FILES = 64  # of a process with PyTorch, beside one for each thread that decodes
+# Steps in a row that fp16's loss scaling may skip: it halves its scale at each, and a sound run
+# needs a few at its beginning, then one now and then. After 166 the scale would be 0 for good.
+SKIPS_ALLOWED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Run:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
     epoch_s: float = 0.0  # seconds of training in the epoch under way
     elapsed_s: float = 0.0  # seconds of training and validation in all
+    # The trouble on its way from a GPU, and what tells that it has arrived.
+    arriving: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -109,8 +115,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # it is off in fp32 and bf16
             self.scaler.load_state_dict(state["scaler"])
-        for name, total in self.totals.items():
-            total.copy_(state["totals"][name])
+        for name, total in state["totals"].items():
+            self.totals[name].copy_(total)
         for name in ("step", "history", "epoch_s", "elapsed_s"):
             setattr(self, name, state[name])
 
@@ -132,8 +138,8 @@ def train_step(
 ) -> torch.Tensor:
     """One optimizer step on a batch on the device: images uint8 (N, H, W, 3), labels int64 (N,).
 
-    Returns the batch's mean loss, a scalar on the device, and adds loss and counts to run.totals,
-    both without waiting for the device.
+    Returns the batch's mean loss, a scalar on the device, and adds loss, counts and trouble to
+    run.totals, both without waiting for the device.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -144,18 +150,27 @@ def train_step(
     loss = torch.nn.functional.cross_entropy(logits, labels)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
+    loss = loss.detach()
+    scale = run.scaler.scale(torch.ones_like(loss))  # 1 where there is no scaling
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    skipped = run.scaler.scale(torch.ones_like(loss)) < scale
     run.step += 1
-    add_to_totals(run.totals, loss.detach(), logits.detach(), labels)
-    return loss.detach()
+    add_to_totals(run.totals, loss, logits.detach(), labels)
+    add_trouble(run.totals["trouble"], loss, skipped)
+    return loss
 
 
 def new_totals(device: torch.device) -> dict[str, torch.Tensor]:
-    """Sums over images: the loss; right answers, right among the first five, and all images."""
+    """Sums over images: the loss; right answers, right among the first five, and all images.
+
+    Beside them the trouble: skipped steps, those among them since the last good one, and steps
+    whose loss was not a number.
+    """
     return {
         "loss": torch.zeros((), dtype=torch.float64, device=device),
         "counts": torch.zeros(3, dtype=torch.int64, device=device),
+        "trouble": torch.zeros(3, dtype=torch.int64, device=device),
     }
 
 
@@ -168,6 +183,49 @@ def add_to_totals(
     totals["counts"][0] += ranked[:, 0].sum()
     totals["counts"][1] += ranked.sum()
     totals["counts"][2] += len(labels)
+
+
+def add_trouble(trouble: torch.Tensor, loss: torch.Tensor, skipped: torch.Tensor) -> None:
+    """Count a step that was skipped, and a loss that is not a number; all on the device."""
+    trouble[0] += skipped
+    trouble[1] = torch.where(skipped, trouble[1] + 1, 0)
+    trouble[2] += ~loss.isfinite()
+
+
+def trouble_seen(run: Run) -> list[int]:
+    """The trouble so far; on a GPU that of some steps ago, for which nothing has to wait."""
+    if run.device.type != "cuda":
+        return run.totals["trouble"].tolist()
+    if run.arriving is None:
+        copied = run.totals["trouble"].to("cpu", non_blocking=True)
+        run.arriving = copied, torch.cuda.current_stream(run.device).record_event()
+    copied, arrived = run.arriving
+    if not arrived.query():
+        return [0, 0, 0]
+    run.arriving = None
+    return copied.tolist()
+
+
+def refuse_trouble(run: Run, trouble: list[int]) -> None:
+    """Stop a run whose loss is not a number any more, or whose steps are skipped one after another.
+
+    A loss that is not a number ends a run at once, for BatchNorm's statistics are spoilt by then.
+    Going back to the last checkpoint by itself would not help: the same steps would follow. Raises
+    UserError.
+    """
+    _, skipped_in_a_row, not_numbers = trouble
+    if not_numbers:
+        what = "the loss is not a number any more"
+    elif skipped_in_a_row >= SKIPS_ALLOWED:
+        what = f"fp16's loss scaling skipped {skipped_in_a_row} steps in a row"
+    else:
+        return
+    raise UserError(
+        f"{what} by step {run.step}, in epoch {len(run.history) + 1}: try a lower --max-lr or "
+        "another --precision under another --name; the last checkpoint is kept, and the same "
+        "command goes on from there, to the same end unless the hardware had erred",
+        EXIT_FAILED,
+    )
 
 
 def read_totals(totals: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
@@ -228,6 +286,7 @@ def train_epoch(
     ):
         for images, labels in batches:
             train_step(run, images, labels, learning_rate(config, run.step, steps))
+            refuse_trouble(run, trouble_seen(run))
             now = time.monotonic()
             run.epoch_s += now - clock
             run.elapsed_s += now - clock
@@ -241,6 +300,25 @@ def train_epoch(
         torch.cuda.synchronize()  # the steps still under way belong to this epoch's time
         run.epoch_s += time.monotonic() - clock
         run.elapsed_s += time.monotonic() - clock
+
+
+def train_epochs(
+    run: Run,
+    config: Config,
+    folder: Path,
+    train_set: image_files.ImageSet,
+    val_set: image_files.ImageSet,
+    save: Callable[[], None],
+    heed: Callable[[], None],
+) -> None:
+    """Train and validate the epochs that are left, each saved at its end."""
+    while len(run.history) < total_epochs(config):
+        train_epoch(run, config, train_set, save, heed)
+        finish_epoch(run, config, folder, val_set, heed)
+        save()
+        write_metrics(folder / "metrics.jsonl", run.history)
+        if config.tensorboard:
+            write_tensorboard(folder, run.history)
 
 
 class Progress:
@@ -271,7 +349,6 @@ class Progress:
         if now - self.told_at < config.log_interval_s:
             return
         totals = read_totals(run.totals, "train")
-        refuse_nan(totals["train_loss"], self.epoch, run.step)
         step_s = (now - self.told_at) / (run.step - self.told_step)
         self.told_at, self.told_step = now, run.step
         val_s = run.history[-1]["val_s"] if run.history else 0.0
@@ -302,16 +379,6 @@ class Progress:
         )
 
 
-def refuse_nan(loss: float, epoch: int, step: int) -> None:
-    """Stop a run whose loss is no longer a number: more steps would only cost."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss became {loss} by step {step}, in epoch {epoch + 1}: try a lower --max-lr, "
-            "under another --name",
-            EXIT_FAILED,
-        )
-
-
 def finish_epoch(
     run: Run,
     config: Config,
@@ -321,11 +388,13 @@ def finish_epoch(
 ) -> None:
     """Validate, add the epoch's row to the history and the screen, and keep its weights."""
     train = read_totals(run.totals, "train")
-    refuse_nan(train["train_loss"], len(run.history), run.step)
+    trouble = run.totals["trouble"].tolist()
+    refuse_trouble(run, trouble)
     started = time.monotonic()
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     val = evaluate(run.model, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
+    refuse_trouble(run, [0, 0, int(not math.isfinite(val["val_loss"]))])
     steps = run.step // (len(run.history) + 1)
     row = {
         "epoch": len(run.history) + 1,
@@ -333,6 +402,7 @@ def finish_epoch(
         **val,
         "learning_rate": learning_rate(config, run.step, steps),
         "train_px": train_px(config, len(run.history)),
+        "skipped_steps": trouble[0],
         "train_s": run.epoch_s,
         "val_s": val_s,
         "img_per_s": train["train_images"] / run.epoch_s,
@@ -348,10 +418,11 @@ def finish_epoch(
         total.zero_()
     log.info(
         "epoch %d/%d  train loss %.4f top-1 %.2f %% top-5 %.2f %%  val loss %.4f top-1 %.2f %% "
-        "top-5 %.2f %%  lr %.7f  %.0f s + %.0f s  %.0f img/s%s",
+        "top-5 %.2f %%  lr %.7f  %.0f s + %.0f s  %.0f img/s%s%s",
         row["epoch"], total_epochs(config), row["train_loss"], row["train_top1"],
         row["train_top5"], row["val_loss"], row["val_top1"], row["val_top5"],
         row["learning_rate"], row["train_s"], val_s, row["img_per_s"], "  best" * improved,
+        f"  {trouble[0]} steps skipped by fp16's loss scaling" * bool(trouble[0]),
     )  # fmt: skip
 
 
@@ -425,6 +496,17 @@ def choose_precision(config: Config, device: torch.device) -> str:
     return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
 
 
+def check_open_files(workers: int) -> None:
+    """Refuse a limit of open files that training would run into; raises UserError."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OPEN_FILES + workers
+    if allowed < needed:
+        raise UserError(
+            f"this shell allows {allowed} open files, {workers} workers need {needed}: allow more "
+            "with `ulimit -n 1024`, or use fewer --workers"
+        )
+
+
 def new_run(config: Config, num_classes: int) -> Run:
     """A run at its beginning; the first weights depend on the seed alone."""
     device = choose_device(config)
@@ -469,6 +551,15 @@ def compiled(
             "headers (apt-get install g++ python3-dev), or leave out --compile"
         ) from None
     return torch.compile(model, dynamic=False)
+
+
+def resume(run: Run, state: dict[str, Any], folder: Path) -> None:
+    """Take a run to where its checkpoint was saved."""
+    run.load(state)
+    write_metrics(folder / "metrics.jsonl", run.history)
+    log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
+    if state["precision"] != run.precision:
+        log.warning("it began in %s: its results will differ a little", state["precision"])
 
 
 def say_if_finished(folder: Path, config: Config, state: dict[str, Any]) -> bool:
@@ -579,6 +670,47 @@ def describe_run(
     )  # fmt: skip
 
 
+# ------------------------------------------------------------------------------ too little memory
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether PyTorch got no memory, on a GPU or for a CPU."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
+
+
+def advise_batch_size(run: Run, config: Config, setting: str) -> str:
+    """What to do about `batch_size` or `val_batch_size`, for which the memory is too small.
+
+    Tries ever smaller batches, each an eighth smaller, with this run, which is over.
+    """
+    size = asked = getattr(config, setting)
+    px = config.train_px if setting == "batch_size" else config.val_px
+    while size > 2:
+        size = max(2, size * 7 // 8)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            images = torch.zeros(size, px, px, 3, dtype=torch.uint8, device=run.device)
+            labels = torch.zeros(size, dtype=torch.int64, device=run.device)
+            if setting == "batch_size":
+                train_step(run, images, labels, 0.0).item()
+            else:
+                evaluate(run.model, iter([(images, labels)]), run.device, run.precision, bool)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
+        advice = f"--{setting.replace('_', '-')} {size} would, as was tried just now"
+        if setting == "batch_size":
+            advice += f", with --max-lr {config.max_lr * size / asked:.3g} to go with it"
+            advice += ", under another --name" * bool(run.history)
+        break
+    else:
+        advice = "no smaller one would either: see what else uses the memory"
+    return f"{setting} is {asked}: it does not fit into the memory at {px} px; {advice}"
+
+
 # ------------------------------------------------------------------------------ after training
 
 
@@ -662,6 +794,7 @@ def main() -> None:
         dry_run(run, config, train_set, val_set)
         return
 
+    check_open_files(config.workers)
     checkpoint.prepare_folder(folder, WEIGHTS_BYTES)
     lock = checkpoint.lock(folder)
     checkpoint.check_newest(folder / "checkpoints", state)
@@ -669,11 +802,7 @@ def main() -> None:
     save_config(folder, config, train_set.classes, describe_hardware(run))
     describe_run(run, config, train_set, val_set, skipped)
     if state is not None:
-        run.load(state)
-        write_metrics(folder / "metrics.jsonl", run.history)
-        log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
-        if state["precision"] != run.precision:
-            log.warning("it began in %s: its results will differ a little", state["precision"])
+        resume(run, state, folder)
 
     saver = checkpoint.BackgroundSaver(folder / "checkpoints")
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
@@ -682,7 +811,8 @@ def main() -> None:
         saver.save({**run.state(), **identity})
 
     def heed() -> None:
-        """Stop or save if that was asked for."""
+        """Stop or save if that was asked for; stop if the last save failed."""
+        saver.check()
         if requests.stop:
             raise Interrupted
         if requests.save:
@@ -695,14 +825,9 @@ def main() -> None:
 
     interruption.watch_ec2(requests)
     requests.nothing_to_save = False
+    short_of_memory = False
     try:
-        while len(run.history) < total_epochs(config):
-            train_epoch(run, config, train_set, save, heed)
-            finish_epoch(run, config, folder, val_set, heed)
-            save()
-            write_metrics(folder / "metrics.jsonl", run.history)
-            if config.tensorboard:
-                write_tensorboard(folder, run.history)
+        train_epochs(run, config, folder, train_set, val_set, save, heed)
         report(run, config, folder, val_set, heed)
     except Interrupted:
         save()
@@ -717,9 +842,17 @@ def main() -> None:
         if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
             save()
         raise
+    except (RuntimeError, MemoryError) as error:
+        short_of_memory = is_out_of_memory(error)
+        if not short_of_memory:
+            raise
     finally:
         saver.wait()
         lock.close()
+    if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
+        training = run.model.training
+        setting = "batch_size" if training else "val_batch_size"
+        raise UserError(advise_batch_size(run, config, setting))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,10 @@ EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same com
 
 # System errors that a user can mend: a disk that is full or not theirs to write to, and a file or a
 # name in the place of a folder.
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 USERS_TO_MEND = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *FULL_DISK,
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
@@ -138,6 +140,16 @@ class Config:
     tensorboard: bool = False
     """write TensorBoard logs into the run's folder too"""
 
+
+# Settings that change the result, which a resumed run must not; the next list has all others.
+RESULT_SETTINGS = frozenset(
+    {
+        *("epochs", "extra_epochs", "batch_size", "max_lr", "momentum", "weight_decay"),
+        *("pct_start", "div_factor", "final_div_factor"),
+        *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
+        *("crop_min_scale", "flip", "zero_init_residual", "precision", "seed", "skip_bad_images"),
+    }
+)
 
 # Settings that a resumed run may change: they do not touch what the model learns, but that another
 # device, or compiled code, adds up in another order, and `auto` may choose another precision there.
@@ -307,7 +319,8 @@ def run_stage(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in USERS_TO_MEND:
             raise
-        _end(f"{error.filename or 'the disk'}: {error.strerror}", EXIT_USER_ERROR)
+        advice = ": make room, and give the same command again" * (error.errno in FULL_DISK)
+        _end(f"{error.filename or 'the disk'}: {error.strerror}{advice}", EXIT_USER_ERROR)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
             raise

@@ -444,7 +444,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(settings: dict[str, object]) 
     done = run_stage_command("trainer.py", *as_options({**settings, "max_lr": 1e30}))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the loss became")
+    assert line.startswith("error: the loss is not a number any more by step ")
     assert "--max-lr" in line
 
 

@@ -248,3 +248,9 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
             default = f"{field.default:g}"
         assert re.search(rf"\| `{field.name}`{star} \| {re.escape(str(default))} \|", readme)
+
+
+def test_every_setting_is_in_one_of_the_two_lists() -> None:
+    fields = {field.name for field in dataclasses.fields(utils.Config)}
+    assert fields == utils.RESULT_SETTINGS | utils.FREE_SETTINGS
+    assert not utils.RESULT_SETTINGS & utils.FREE_SETTINGS

@@ -1,0 +1,132 @@
+"""What saving costs: how long a checkpoint holds training up, and how much it slows it down.
+
+    python3 scripts/benchmark_save.py --minutes 10 --output save.json
+
+Trains ResNet-50 on a batch of noise, through the trainer's own step and saver. The pause is the
+time that the call to save takes, between two steps; durable is the checkpoint when it is on the
+disk. Then minutes with a checkpoint at their beginning and minutes without take turns: the share of
+steps that the former fall short of the latter, pair by pair, is what saving costs. Prints what it
+finds; --output takes a JSON file with hardware and versions.
+"""
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoint
+import trainer
+from utils import (
+    Config,
+    UserError,
+    check_config,
+    log,
+    parse_options,
+    run_stage,
+    start_log,
+    versions,
+    write_json,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to train, and how long."""
+
+    px: int = 128
+    """side of the pictures, in pixels"""
+    batch_size: int = 0
+    """images in a step; 0: 448 on a GPU, 16 on a CPU"""
+    saves: int = 10
+    """checkpoints whose pause is measured"""
+    minutes: int = 10
+    """minutes of training, every other one with a checkpoint"""
+    folder: Path | None = None
+    """where to save; a temporary folder if not given"""
+    output: Path | None = None
+    """JSON file to write"""
+
+
+def main() -> None:
+    """Measure the pauses, then the minutes."""
+    options = parse_options(BenchmarkOptions, __doc__)
+    start_log(None)
+    if options.saves < 1 or options.minutes < 2:
+        raise UserError("saves must be 1 or more, minutes 2 or more")
+    batch_size = options.batch_size or (448 if torch.cuda.is_available() else 16)
+    config = Config(batch_size=batch_size, train_px=options.px)
+    check_config(config)
+    run = trainer.new_run(config, 1000)
+    run.model.train()
+    random = torch.Generator().manual_seed(0)
+    shape = (batch_size, options.px, options.px, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(run.device)
+    labels = torch.randint(0, 1000, (batch_size,), generator=random).to(run.device)
+
+    def train(seconds: float) -> float:
+        """Steps a second, over some time."""
+        started, first = time.monotonic(), run.step
+        while time.monotonic() - started < seconds:
+            trainer.train_step(run, images, labels, 1e-6).item()
+        return (run.step - first) / (time.monotonic() - started)
+
+    train(10)  # warms up
+    pauses_s, durable_s, pairs = [], [], []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        saver = checkpoint.BackgroundSaver(Path(folder))
+        for _ in range(options.saves):
+            train(1)
+            started = time.monotonic()
+            saver.save(run.state())
+            pauses_s.append(time.monotonic() - started)
+            saver.wait()
+            durable_s.append(time.monotonic() - started)
+        size_bytes = max(path.stat().st_size for path in Path(folder).glob("epochs-*.pt"))
+        tell("pause", pauses_s)
+        tell("durable after", durable_s)
+        for _ in range(options.minutes // 2):
+            rates = []
+            for with_save in (True, False):
+                started = time.monotonic()
+                first = run.step
+                if with_save:
+                    saver.save(run.state())
+                train(60 - (time.monotonic() - started))
+                rates.append((run.step - first) / (time.monotonic() - started))
+                saver.wait()
+            pairs.append(rates)
+            log.info("%.3f steps/s with a checkpoint, %.3f without", *rates)
+    lost = [1 - with_save / without for with_save, without in pairs]
+    log.info(
+        "a checkpoint a minute costs %.2f %% (%.2f to %.2f)",
+        *(100 * value for value in (statistics.median(lost), min(lost), max(lost))),
+    )
+    if options.output:
+        record: dict[str, Any] = {
+            "settings": {"px": options.px, "batch_size": batch_size},
+            "checkpoint_bytes": size_bytes,
+            "pauses_s": [round(value, 4) for value in pauses_s],
+            "durable_s": [round(value, 3) for value in durable_s],
+            "steps_per_s_with_and_without": [[round(rate, 4) for rate in pair] for pair in pairs],
+            "lost": {"median": statistics.median(lost), "rounds": lost},
+            "hardware": trainer.describe_hardware(run),
+            "versions": versions(),
+        }
+        write_json(options.output, record)
+
+
+def tell(what: str, seconds: list[float]) -> None:
+    """Median and extremes of some seconds."""
+    middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
+    log.info("%s: %.3f s (%.3f to %.3f)", what, middle, least, most)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,247 @@
+"""What goes wrong inside a run: numbers that are none, memory, disks, open files, clocks."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images
+from test_trainer import (  # noqa: F401 (fixtures are among them)
+    _remove_checkpoints,
+    as_options,
+    images,
+    outcome,
+    run_folder,
+    settings,
+    train,
+)
+
+import checkpoint
+import trainer
+import utils
+from utils import Config, UserError
+
+Settings = dict[str, object]
+
+
+def train_with(fault: str, settings: Settings, *options: str) -> subprocess.CompletedProcess:
+    """The trainer in a process of its own, into which some lines of Python put a fault first."""
+    lines = (
+        "import sys, time, torch, data, trainer, utils",
+        fault,
+        "utils.run_stage(trainer.main)",
+    )
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), *as_options(settings), *options],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def error_line(done: subprocess.CompletedProcess, exit_code: int) -> str:
+    assert done.returncode == exit_code, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# ------------------------------------------------------------------------------ numbers
+
+# The fourth batch that is trained on makes the loss NaN; the clock of the day leaps as it likes.
+NAN_AT_STEP_4 = """
+calls, whole = [], data.normalize
+def normalize(*arguments):
+    calls.append(None)
+    return whole(*arguments) * (float("nan") if len(calls) == 4 else 1)
+data.normalize = normalize
+"""
+LEAPING_CLOCK = """
+import itertools
+leaps = itertools.cycle([10**9, -10**9, 0])
+clock = time.time
+time.time = lambda: clock() + next(leaps)
+"""
+
+
+def test_a_nan_stops_at_its_step_and_the_same_command_goes_on_from_before_it(
+    settings: Settings,
+) -> None:
+    # One epoch of 8 steps, so that the fourth batch is a training one, saved after every step.
+    settings = {**settings, "epochs": 1, "batch_size": 3, "checkpoint_minutes": 0}
+    undisturbed = {**settings, "name": "undisturbed"}
+    train(undisturbed)
+
+    line = error_line(train_with(NAN_AT_STEP_4, settings), 1)
+    assert "the loss is not a number any more by step 4, in epoch 1" in line
+    assert "--max-lr" in line and "same command goes on" in line
+    state = checkpoint.load_latest(run_folder(settings) / "checkpoints")
+    assert state is not None and state["step"] == 3
+    assert all(weight.isfinite().all() for weight in state["model"].values())
+    assert "the loss is not a number" in (run_folder(settings) / "train.log").read_text()
+
+    done = train_with(LEAPING_CLOCK, settings)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after 0 epochs and 3 steps" in done.stdout
+    assert outcome(settings) == outcome(undisturbed)
+
+
+def scaled_run(settings: Settings, scale: float) -> tuple[trainer.Run, torch.Tensor, torch.Tensor]:
+    """A run with loss scaling, which a CPU has too, and a batch."""
+    run = trainer.new_run(Config(**settings), 3)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    run.model.train()
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return run, batch, torch.arange(8) % 3
+
+
+def test_skipped_steps_are_counted_and_a_few_are_allowed(settings: Settings) -> None:
+    run, batch, labels = scaled_run(settings, scale=2.0**127)
+    in_a_row = []
+    while not in_a_row or in_a_row[-1]:  # gradients overflow float32 until the scale fits
+        trainer.train_step(run, batch, labels, 1e-3)
+        trainer.refuse_trouble(run, trainer.trouble_seen(run))
+        in_a_row.append(trainer.trouble_seen(run)[1])
+        assert len(in_a_row) < trainer.SKIPS_ALLOWED
+    assert in_a_row == [*range(1, len(in_a_row)), 0]
+    assert len(in_a_row) > 1
+    assert trainer.trouble_seen(run) == [len(in_a_row) - 1, 0, 0]
+
+
+def test_steps_skipped_one_after_another_end_the_run(settings: Settings) -> None:
+    run, batch, labels = scaled_run(settings, scale=2.0**16)
+    before = run.model.model.fc.weight.detach().clone()
+    run.model.model.fc.weight.register_hook(lambda gradient: gradient * float("nan"))
+    for _ in range(trainer.SKIPS_ALLOWED - 1):
+        assert trainer.train_step(run, batch, labels, 1e-3).isfinite()
+        trainer.refuse_trouble(run, trainer.trouble_seen(run))
+    trainer.train_step(run, batch, labels, 1e-3)
+    with pytest.raises(UserError, match="skipped 10 steps in a row by step 10, in epoch 1"):
+        trainer.refuse_trouble(run, trainer.trouble_seen(run))
+    assert torch.equal(run.model.model.fc.weight, before)  # as a skipped step leaves it
+
+
+def test_weights_that_are_not_numbers_are_never_saved(tmp_path: Path) -> None:
+    good = {"step": 1, "history": [], "model": {"weight": torch.ones(5), "count": torch.tensor(3)}}
+    path = checkpoint.save(tmp_path, good)
+    spoilt = {**good, "step": 2, "model": {"weight": torch.tensor([1.0, float("inf")])}}
+    with pytest.raises(UserError, match="after step 2 there are weights that are not numbers"):
+        checkpoint.save(tmp_path, spoilt)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("name", sorted(utils.RESULT_SETTINGS))
+def test_a_setting_that_changes_the_result_is_refused_on_resume(name: str) -> None:
+    config = dataclasses.replace(Config(), extra_epochs=5)  # a second extension is refused too
+    before = dataclasses.asdict(config)
+    value = before[name]
+    other = {bool: lambda: not value, str: lambda: "bf16"}.get(type(value), lambda: value + 1)()
+    changed = dataclasses.replace(config, **{name: other})
+    with pytest.raises(UserError, match=rf"\({name} was {value}, is {other}\)"):
+        checkpoint.check_settings({"config": before}, changed)
+
+
+@pytest.mark.parametrize("name", sorted(utils.FREE_SETTINGS))
+def test_any_other_setting_may_change(name: str) -> None:
+    value = getattr(Config(), name)
+    changed = dataclasses.replace(Config(), **{name: value * 2 if value else 1})
+    checkpoint.check_settings({"config": dataclasses.asdict(Config())}, changed)
+
+
+# ------------------------------------------------------------------------------ resources
+
+
+def test_too_little_memory_names_a_batch_that_fits(
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    make_images(tmp_path / "many", classes=2, images=96)
+    settings = {
+        **settings,
+        **{f"{part}_folder_name": str(tmp_path / "many" / part) for part in ("train", "val")},
+        **{"batch_size": 192, "train_px": 96, "epochs": 1},
+    }
+    # Once the model is there, 1 GB more than it takes: a batch of 192 needs some 3 GB.
+    limit = """
+import resource
+new_run = trainer.new_run
+def limited(*arguments):
+    run = new_run(*arguments)
+    lines = open("/proc/self/status").read().splitlines()
+    held = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 10**9,) * 2)
+    return run
+trainer.new_run = limited
+"""
+    line = error_line(train_with(limit, settings), 2)
+    assert "batch_size is 192: it does not fit into the memory at 96 px; --batch-size " in line
+    fits = int(line.split("--batch-size ")[1].split()[0])
+    assert 8 <= fits < 192
+    assert f"--max-lr {0.02 * fits / 192:.3g}" in line
+    # Nothing was changed: the batch that it named is the user's to choose, and it does train.
+    assert not list(run_folder(settings).glob("checkpoints/*.pt"))
+    done = train_with(limit, {**settings, "batch_size": fits})
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))"
+    line = error_line(train_with(few, settings), 2)
+    assert "this shell allows 60 open files, 1 workers need 65" in line and "ulimit -n" in line
+    assert not run_folder(settings).exists()
+
+
+# A disk of its own, filled once a checkpoint is on it, and emptied again.
+FULL_DISK = """
+set -eu
+mount -t tmpfs -o size=1000m tmpfs "$DISK"
+"$@" & trainer=$!
+while ! ls "$DISK"/runs/run/checkpoints/epochs-*.pt >/dev/null 2>&1; do sleep 0.05; done
+dd if=/dev/zero of="$DISK/filler" bs=1M 2>/dev/null || true
+code=0; wait $trainer || code=$?
+echo "exit $code"
+(cd "$DISK/runs/run/checkpoints" && sha256sum epochs-*.pt)
+rm "$DISK/filler"
+"$@"
+cp -r "$DISK/runs" "$KEPT"
+"""
+
+
+def test_a_full_disk_ends_with_a_clear_line_and_training_goes_on_after_room_is_made(
+    settings: Settings, tmp_path: Path
+) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    settings = {**settings, "batch_size": 3, "checkpoint_minutes": 0, "epochs": 1}
+    train({**settings, "name": "undisturbed"})
+    on_disk = {**settings, "runs_folder": str(disk / "runs")}
+    command = [sys.executable, str(REPOSITORY / "trainer.py"), *as_options(on_disk)]
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "bash", "-c", FULL_DISK, "disk", *command],
+        env={**COMMAND_ENVIRONMENT, "DISK": str(disk), "KEPT": str(kept)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {disk}/runs/run/")
+    assert line.endswith(": No space left on device: make room, and give the same command again")
+    assert "exit 2\n" in done.stdout
+    sums = re.findall(
+        r"^([0-9a-f]{64})  epochs-000-step-\d{8}-([0-9a-f]{16})\.pt$", done.stdout, re.M
+    )
+    assert sums and all(digest.startswith(beginning) for digest, beginning in sums)
+    assert "resumed after 0 epochs and " in done.stdout
+    assert outcome({**settings, "runs_folder": str(kept)}) == outcome(
+        {**settings, "name": "undisturbed"}
+    )

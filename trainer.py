@@ -675,8 +675,10 @@ def describe_run(
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether PyTorch got no memory, on a GPU or for a CPU."""
+    # What PyTorch's allocator for a CPU says, and what oneDNN does.
+    texts = ("DefaultCPUAllocator", "could not create a primitive")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator" in str(error)
+    return known or any(text in str(error) for text in texts)
 
 
 def advise_batch_size(run: Run, config: Config, setting: str) -> str:

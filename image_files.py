@@ -19,6 +19,7 @@ import itertools
 import lzma
 import os
 import struct
+import threading
 import time
 import warnings
 import zipfile
@@ -50,6 +51,7 @@ TURNS = {
 
 # What libjpeg says where coded data ran out or makes no sense: it shows grey or noise instead.
 DAMAGED_INSIDE = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
+PERHAPS_DAMAGED = ("Corrupt JPEG data", "Inconsistent progression")
 
 # Of Exif data and sizes, without a path; `scripts/prepare_data.py verify` tells what matters.
 warnings.filterwarnings("ignore", module="PIL")
@@ -472,34 +474,40 @@ def decode_plain_jpeg(
             data, fastupsample=fast, min_height=min_height, min_width=min_width
         )
     except ValueError as error:
-        _refuse_damaged_inside(error)
+        _judge(error)
         # Pillow knows which other slips of encoders are harmless, and refuses the rest.
         return decode_with_pillow(bytes(data))
 
 
-def _refuse_damaged_inside(error: Exception) -> None:
+_complaints = threading.local()
+
+
+def take_complaint() -> str:
+    """What libjpeg said against the last JPEG that this thread has decoded, if not enough to refuse
+    it: mostly nothing. Data left over behind a picture comes from some encoders, and from damage.
+    """
+    return _complaints.__dict__.pop("text", "")
+
+
+def _judge(error: Exception) -> None:
     """Raise ValueError where libjpeg's complaint means that a part of the picture is made up.
 
-    Pillow asks for no complaints, and so shows it.
+    Pillow listens to no complaints, and would show it.
     """
     if any(sign in str(error) for sign in DAMAGED_INSIDE):
         raise ValueError(f"damaged inside or cut short ({error})") from None
+    if str(error).startswith(PERHAPS_DAMAGED):
+        _complaints.text = str(error)
 
 
-def jpeg_complaint(data: bytes | memoryview) -> str:
-    """What libjpeg says of a JPEG when it decodes it, at an eighth of its size; mostly nothing.
-
-    Raises ValueError where a part of the picture would be made up. Data that is left over behind
-    a picture is told, but refused by nobody: some encoders leave it, and some damage does.
-    """
+def _check_jpeg(data: bytes) -> None:
+    """Have libjpeg decode a JPEG at an eighth of its size, for what it has to say of it."""
     try:
         *_, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         colorspace = "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB"
         simplejpeg.decode_jpeg(data, colorspace, min_height=1, min_width=1)
     except (ValueError, KeyError) as error:  # KeyError: as in plain_jpeg_size
-        _refuse_damaged_inside(error)
-        return str(error)
-    return ""
+        _judge(error)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -543,7 +551,7 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if data.startswith(b"\xff\xd8"):
-                jpeg_complaint(data)
+                _check_jpeg(data)
             elif image.format == "PNG":
                 _check_png(data)
             image.load()

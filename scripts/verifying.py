@@ -27,7 +27,7 @@ from PIL import Image
 from zlib_ng import zlib_ng
 
 import image_files
-from image_files import ImageSet
+from image_files import Encoded, ImageSet
 from store import PARTS
 from utils import UserError, check_writable, format_duration, log, write_json
 
@@ -37,6 +37,7 @@ ENDINGS = {"JPEG": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}  # the others' 
 IMAGENET = {"train": 1_281_167, "val": 50_000}  # pictures in 1,000 classes
 IMAGENET_VAL = 50  # pictures in each class of val
 BLOCK = 50  # pictures a task, which Ctrl-C waits for
+NO_MEMORY = "takes more memory than there is"
 CHANGED = "its bytes are not those that were last verified: bring back a copy"
 SHOWN = 5  # examples of what is noted, and classes at either end, on the screen
 
@@ -76,31 +77,32 @@ class Part:
 # ------------------------------------------------------------------------------ one picture
 
 
-def inspect(name: str, data: bytes | memoryview) -> tuple[int, int, str, list[str]]:
+def inspect(name: str, encoded: Encoded) -> tuple[int, int, str, list[str]]:
     """Decode a picture: its height and width, its format, and what is odd about it.
 
     Raises ValueError or OSError if it cannot be read.
     """
-    notes = []
-    size, kind = image_files.plain_jpeg_size(data), "JPEG"
-    # At an eighth of its size: all of its data is read, which is what may be wrong.
-    complaint = image_files.jpeg_complaint(data) if size else ""
-    height, width = size or (0, 0)
-    if size is None or complaint:
-        data = bytes(data)
-        height, width = image_files.decode(data).shape[:2]
-        complaint = image_files.jpeg_complaint(data) if data.startswith(b"\xff\xd8") else ""
-        if "Corrupt" in complaint or "Inconsistent" in complaint:
-            notes.append("perhaps damaged: libjpeg complains of it")
+    data, size = encoded
+    kind, notes = "JPEG", []
+    image_files.take_complaint()  # of one before, that was refused in the end
+    if size is not None:
+        # At an eighth of its size: all of its data is read, which is what may be wrong.
+        image_files.decode_plain_jpeg(data, 1, 1)
+        height, width = size
+    else:
+        height, width = image_files.decode_with_pillow(data).shape[:2]
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format
             if kind == "JPEG" and image.mode == "CMYK":
                 kind = "CMYK JPEG"
                 notes.append("CMYK, shown as RGB")
-            if getattr(image, "is_animated", False) and kind != "MPO":  # a photo and its preview
+            if _is_animated(image) and kind != "MPO":  # a photo and its preview
                 notes.append("animated, of which the first picture is shown")
             if image_files.turn_upright(image) is not None:
                 notes.append("turned upright, as EXIF data asks for")
+    complaint = image_files.take_complaint()
+    if complaint:
+        notes.append("perhaps damaged: libjpeg complains of it")
     plain = "JPEG" if kind in ("CMYK JPEG", "MPO") else kind
     if not name.lower().endswith(ENDINGS.get(plain, (f".{plain.lower()}",))):
         notes.append(f"a {plain} by another name")
@@ -109,6 +111,14 @@ def inspect(name: str, data: bytes | memoryview) -> tuple[int, int, str, list[st
     if height * width > HUGE_PIXELS:
         notes.append(f"above {HUGE_PIXELS // 10**6} million pixels")
     return height, width, kind, notes
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether there are more pictures in it than the first, which alone is looked at."""
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # whatever Pillow meets in a later one that is broken
+        return True
 
 
 # ------------------------------------------------------------------------------ all of them
@@ -145,10 +155,10 @@ def decode_all(images: ImageSet, workers: int, progress: Progress) -> Part:
         found = []
         for index in range(start, min(start + BLOCK, count)):
             try:
-                data, _ = images.read(index)
-                part.sizes[index], part.crcs[index] = len(data), zlib_ng.crc32(data)
-                height, width, kind, notes = inspect(images.file(index), data)
-            except (ValueError, OSError) as error:
+                encoded = images.read(index)
+                part.sizes[index], part.crcs[index] = len(encoded[0]), zlib_ng.crc32(encoded[0])
+                height, width, kind, notes = inspect(images.file(index), encoded)
+            except (ValueError, OSError, MemoryError) as error:
                 found.append((index, "unreadable", error))
             else:
                 part.sides[index] = height, width
@@ -161,7 +171,8 @@ def decode_all(images: ImageSet, workers: int, progress: Progress) -> Part:
             for index, kind, result in found:
                 part.formats[kind] += 1
                 if isinstance(result, Exception):
-                    part.bad[index] = getattr(result, "strerror", None) or str(result)
+                    # Without the path, which is told anyway.
+                    part.bad[index] = getattr(result, "strerror", None) or str(result) or NO_MEMORY
                 else:
                     for note in result:
                         part.notes.setdefault(note, []).append(part.path(index))

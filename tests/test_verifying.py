@@ -314,7 +314,7 @@ def test_odd_pictures_are_noted_and_all_is_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["left_over.jpg", "zeros_inside.jpg", "left_over_turned.jpg"])
 def test_what_may_be_damaged_is_told_with_its_path(name: str, tmp_path: Path) -> None:
     stored, exif = turned(SCENE, 6)
-    plain, junk = jpeg(SCENE), b"\x12\x34\x56" + END
+    plain, junk = jpeg(SCENE), b"left over" + END
     contents = {
         "left_over.jpg": plain[:-2] + junk,
         "zeros_inside.jpg": hole(plain),

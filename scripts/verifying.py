@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ IMAGENET = {"train": 1_281_167, "val": 50_000}  # pictures in 1,000 classes
 IMAGENET_VAL = 50  # pictures in each class of val
 BLOCK = 50  # pictures a task, which Ctrl-C waits for
 NO_MEMORY = "takes more memory than there is"
+PERHAPS_DAMAGED = "perhaps damaged: libjpeg complains of it"
 CHANGED = "its bytes are not those that were last verified: bring back a copy"
 SHOWN = 5  # examples of what is noted, and classes at either end, on the screen
 
@@ -102,7 +104,7 @@ def inspect(name: str, encoded: Encoded) -> tuple[int, int, str, list[str]]:
                 notes.append("turned upright, as EXIF data asks for")
     complaint = image_files.take_complaint()
     if complaint:
-        notes.append("perhaps damaged: libjpeg complains of it")
+        notes.append(PERHAPS_DAMAGED)
     plain = "JPEG" if kind in ("CMYK JPEG", "MPO") else kind
     if not name.lower().endswith(ENDINGS.get(plain, (f".{plain.lower()}",))):
         notes.append(f"a {plain} by another name")
@@ -248,13 +250,16 @@ def unlike_imagenet(parts: dict[str, Part]) -> list[tuple[str, str]]:
     if not is_imagenet(parts):
         return []
     problems = [
-        (str(parts[part].images.folder), f"{len(parts[part].images):,} pictures, not {count:,}")
+        (
+            str(parts[part].images.folder),
+            f"{len(parts[part].images):,} pictures, ImageNet-1k has {count:,}",
+        )
         for part, count in IMAGENET.items()
         if len(parts[part].images) != count
     ]
     val = parts["val"]
     return problems + [
-        (str(val.images.folder / name), f"{count} pictures, not {IMAGENET_VAL}")
+        (str(val.images.folder / name), f"{count} pictures, ImageNet-1k has {IMAGENET_VAL}")
         for name, count in val.counts().items()
         if count not in (0, IMAGENET_VAL)  # an empty one is told already
     ]
@@ -318,10 +323,11 @@ def print_table(described: dict[str, dict[str, Any]]) -> None:
 
 
 def tell_notes(notes: dict[str, list[Any]]) -> None:
-    """Say what is odd, each kind with some examples."""
+    """Say what is odd, each kind with some examples; all of what may be damaged."""
     for kind, found in notes.items():
-        examples = [" = ".join(item) if isinstance(item, list) else item for item in found[:SHOWN]]
-        more = ", …" if len(found) > SHOWN else ""
+        shown = found if kind == PERHAPS_DAMAGED else found[:SHOWN]
+        examples = [" = ".join(item) if isinstance(item, list) else item for item in shown]
+        more = ", …" if len(found) > len(shown) else ""
         log.info("noted: %s: %s (%s%s)", kind, f"{len(found):,}", ", ".join(examples), more)
 
 
@@ -336,6 +342,8 @@ def verify(folder: Path, output: Path | None, workers: int) -> None:
     started = time.monotonic()
     if output is not None:
         check_writable(output.parent, "--output")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no UTF-8
     sets = open_parts(folder)
     progress = Progress("verifying", sum(len(images) for images in sets.values()))
     try:

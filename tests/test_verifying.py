@@ -534,8 +534,9 @@ def test_classes_duplicates_and_what_is_left_aside_are_told(tmp_path: Path) -> N
     write_set(tmp_path / "train", train | others | {"a/.hidden.jpg": b"", ".cache/x": b""})
     write_set(tmp_path / "val", val)
     (tmp_path / "val" / "c").mkdir()
-    done = verify(tmp_path, "--output", tmp_path / "report.json")
-    report = json.loads((tmp_path / "report.json").read_text())
+    path = tmp_path / "made" / "for it" / "report.json"
+    done = verify(tmp_path, "--output", path)
+    report = json.loads(path.read_text())
     assert told(done.stdout) == {
         f"{tmp_path}/val/c": "no picture in it",
         f"{tmp_path}/train/x": "missing, is in val/",
@@ -563,6 +564,17 @@ def test_classes_duplicates_and_what_is_left_aside_are_told(tmp_path: Path) -> N
         ["b", "3", "3"],
         ["c", "4", "0"],
     ]
+
+
+def test_names_that_are_no_text_are_told(tmp_path: Path) -> None:
+    good_set(tmp_path, **{"\udcff/\udcfe.jpg": b""})
+    write_set(tmp_path / "val", {"\udcff/1.jpg": jpeg(SCENE, quality=80)})
+    done = verify(tmp_path, "--output", tmp_path / "report.json")
+    assert done.returncode == 2
+    assert f"problem: {tmp_path}/train/\\udcff/\\udcfe.jpg: the file is empty" in done.stdout
+    assert done.stderr.count("\n") == 1
+    (problem,) = json.loads((tmp_path / "report.json").read_text())["problems"]
+    assert problem["path"] == f"{tmp_path}/train/\udcff/\udcfe.jpg"
 
 
 def test_files_of_one_checksum_are_compared(tmp_path: Path) -> None:
@@ -601,9 +613,9 @@ def test_the_counts_of_imagenet_are_known() -> None:
     assert verifying.unlike_imagenet(imagenet(1_281_167, {})) == []
     parts = imagenet(1_281_166, {"n00000007": 49, "n00000009": 51})
     assert verifying.unlike_imagenet(parts) == [
-        ("train", "1,281,166 pictures, not 1,281,167"),
-        ("val/n00000007", "49 pictures, not 50"),
-        ("val/n00000009", "51 pictures, not 50"),
+        ("train", "1,281,166 pictures, ImageNet-1k has 1,281,167"),
+        ("val/n00000007", "49 pictures, ImageNet-1k has 50"),
+        ("val/n00000009", "51 pictures, ImageNet-1k has 50"),
     ]
 
 
@@ -614,8 +626,8 @@ def test_what_looks_like_imagenet_is_compared_with_it(tmp_path: Path) -> None:
         write_set(tmp_path / part, {f"{name}/{part}_{name}.JPEG": content for name in names})
     done = verify(tmp_path, "--output", tmp_path / "report.json")
     problems = told(done.stdout)
-    assert problems[f"{tmp_path}/train"] == "1,000 pictures, not 1,281,167"
-    assert problems[f"{tmp_path}/val"] == "1,000 pictures, not 50,000"
+    assert problems[f"{tmp_path}/train"] == "1,000 pictures, ImageNet-1k has 1,281,167"
+    assert problems[f"{tmp_path}/val"] == "1,000 pictures, ImageNet-1k has 50,000"
     assert len(problems) == 1002
     assert "the 1,000 classes are named as ImageNet-1k's; the counts are not its own" in done.stdout
     assert "990 between the smallest and the largest" in done.stdout

@@ -250,12 +250,9 @@ def unlike_imagenet(parts: dict[str, Part]) -> list[tuple[str, str]]:
     if not is_imagenet(parts):
         return []
     problems = [
-        (
-            str(parts[part].images.folder),
-            f"{len(parts[part].images):,} pictures, ImageNet-1k has {count:,}",
-        )
+        (str(parts[part].images.folder), f"{found:,} pictures, ImageNet-1k has {count:,}")
         for part, count in IMAGENET.items()
-        if len(parts[part].images) != count
+        if (found := len(parts[part].images)) != count
     ]
     val = parts["val"]
     return problems + [

@@ -147,6 +147,7 @@ def only(image_set: image_files.ImageSet, part: str) -> np.ndarray:
     return images[0].numpy()
 
 
+@pytest.mark.filterwarnings("ignore:::PIL")  # of odd Exif data; the stages themselves are silent
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_picture_is_the_right_one_in_the_trainer(name: str, tmp_path: Path) -> None:
     content, expected, tolerance = ODD[name]

@@ -23,8 +23,14 @@ import torch
 from PIL import Image
 
 import tiled_jpeg
-from image_files import Encoded, ImageSet, decode_plain_jpeg, decode_with_pillow
-from utils import MEAN, STD, Config, UserError, train_px
+from image_files import (
+    Encoded,
+    ImageSet,
+    decode_plain_jpeg,
+    decode_with_pillow,
+    take_complaint,
+)
+from utils import MEAN, STD, Config, UserError, log, train_px
 
 RESIZE = cv2.INTER_LINEAR  # of a training crop, of which less than half is left to shrink
 
@@ -195,6 +201,10 @@ def batches(
         for out, index in zip(images, indexes.tolist(), strict=True):
             try:
                 fill(image_set.read(index), index, out)
+                complaint = take_complaint()
+                if complaint:
+                    path = image_set.path(index)
+                    log.warning("perhaps damaged, but shown: %s (%s)", path, complaint)
             except (ValueError, OSError, cv2.error) as error:
                 advice = (
                     "put a good copy there and give the same command again, or begin another run "

@@ -7,6 +7,8 @@ encoded bytes of image number i.
 
 A folder's listing is kept in it as `.image_index.npz` once its files were checked, so that the next
 start reads one file instead of opening 1.3 million; it is made anew when a class folder changes.
+`scripts/prepare_data.py verify` keeps a checksum of each file there too, as a store has: from then
+on, a file whose bytes have changed is refused when it is read.
 """
 
 import dataclasses
@@ -17,16 +19,19 @@ import itertools
 import lzma
 import os
 import struct
+import threading
 import time
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from PIL import Image
+from zlib_ng import zlib_ng
 
 from store import Store, open_store
 from utils import Config, UserError, format_duration, log, write_atomically
@@ -44,11 +49,18 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# What libjpeg says where coded data ran out or makes no sense: it shows grey or noise instead.
+DAMAGED_INSIDE = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
+PERHAPS_DAMAGED = ("Corrupt JPEG data", "Inconsistent progression")
+
+# Of Exif data and sizes, without a path; `scripts/prepare_data.py verify` tells what matters.
+warnings.filterwarnings("ignore", module="PIL")
+
 # ------------------------------------------------------------------------------ the set of images
 
 
 INDEX_NAME = ".image_index.npz"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 # What reading one raises that is missing or damaged: a bit may turn it into a zip that is encrypted
 # or compressed in a way unheard of (RuntimeError), or into a single array (TypeError).
 DAMAGED_INDEX = (
@@ -72,6 +84,7 @@ class ImageSet:
     store: Store | None = None  # where the images lie if not in files of their own
     positions: np.ndarray | None = None  # of the images in the store, int64
     checked: int = NOT_CHECKED
+    crcs: np.ndarray | None = None  # CRC-32 of each file when the folder was verified, uint32
     class_times_ns: tuple[int, ...] = ()  # when the class folders had last changed when listed
 
     def __len__(self) -> int:
@@ -99,13 +112,19 @@ class ImageSet:
     def read(self, index: int) -> Encoded:
         """The bytes of image `index`, and (height, width) where the fast decoder may have them.
 
-        Raises ValueError or OSError if they cannot be read, or are not those that were packed.
+        Raises ValueError or OSError if they cannot be read, or are not those that were packed or
+        verified.
         """
         if self.store is None:
             start = self._ends[index - 1] + 1 if index else 0
             name = self.names[start : self._ends[index]]
             with open(os.path.join(self._folder_name, name), "rb", buffering=0) as file:
                 data = file.read()
+            if self.crcs is not None and zlib_ng.crc32(data) != self.crcs.item(index):
+                raise ValueError(
+                    "its bytes are not those that were verified; `python3 scripts/prepare_data.py "
+                    "verify` finds all such files"
+                )
             return encoded(data)
         position = int(self.positions[index])
         data = self.store.read(position)
@@ -120,6 +139,11 @@ class ImageSet:
         """Have the kernel fetch images of a store that will soon be read, without waiting."""
         if self.store is not None:
             self.store.read_ahead(self.positions[indexes])
+
+    def empty_classes(self) -> list[str]:
+        """Classes that have no image."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        return [self.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
 
     def fingerprint(self) -> str:
         """SHA-256 of the names: tells a resumed run whether its images are still the same.
@@ -139,15 +163,19 @@ class ImageSet:
             return self
         kept = [index for index, file in enumerate(self.files) if file not in bad]
         labels = self.labels[kept]
-        emptied = np.flatnonzero(np.bincount(labels, minlength=len(self.classes)) == 0)
-        if len(emptied):
-            raise UserError(
-                f"no image in {self.folder / self.classes[emptied[0]]} can be read: mend some, or "
-                "remove the class from the training and the validation folder"
-            )
         names = os.fsencode("\n".join(self.files[index] for index in kept))
         positions = None if self.positions is None else self.positions[kept]
-        return dataclasses.replace(self, names=names, labels=labels, positions=positions)
+        crcs = None if self.crcs is None else self.crcs[kept]
+        fewer = dataclasses.replace(
+            self, names=names, labels=labels, positions=positions, crcs=crcs
+        )
+        emptied = fewer.empty_classes()
+        if emptied:
+            raise UserError(
+                f"no image in {self.folder / emptied[0]} can be read: mend some, or remove the "
+                "class from the training and the validation folder"
+            )
+        return fewer
 
 
 def open_image_set(folder_name: str, part: str) -> ImageSet:
@@ -165,33 +193,37 @@ def open_image_set(folder_name: str, part: str) -> ImageSet:
             "scripts/prepare_data.py imagenette data/imagenette`, and name it with "
             "--train-folder-name and --val-folder-name"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if _is_class_folder(entry))
+    image_set = read_index(folder) or list_folder(folder)
+    empty = image_set.empty_classes()
+    if empty:
+        raise UserError(
+            f"class folder {folder / empty[0]} holds no image (such as a .jpg or .png): fill it or "
+            f"remove it; the images lie in {folder}/<class>/"
+        )
+    return image_set
+
+
+def list_folder(folder: Path) -> ImageSet:
+    """The images of the class folders as they lie there now, of which some may be empty.
+
+    Raises UserError if there are no class folders, or a name has a line break in it.
+    """
+    classes, times_ns = _class_folders(folder)
     if not classes:
         raise UserError(
             f"{folder} has no class folders: the images are looked for in {folder}/<class>/"
         )
-    times_ns = tuple(os.stat(folder / name).st_mtime_ns for name in classes)
-    names, counts, checked = _read_index(folder, classes, times_ns) or _list(folder, classes)
-    labels = np.repeat(np.arange(len(classes)), counts)
-    return ImageSet(folder, tuple(classes), names, labels, checked=checked, class_times_ns=times_ns)
-
-
-def _list(folder: Path, classes: Sequence[str]) -> tuple[bytes, np.ndarray, int]:
-    """The images of the class folders: their names, and how many each class has."""
     names: list[bytes] = []
     counts = []
     for name in classes:
         images = image_names(folder / name)
-        if not images:
-            raise UserError(
-                f"class folder {folder / name} holds no image (such as a .jpg or .png): fill it or "
-                f"remove it; the images lie in {folder}/<class>/"
-            )
         if any("\n" in file for file in (name, *images)):
             raise UserError(f"a name in {folder / name} has a line break in it: rename it")
-        names.append(os.fsencode("\n".join(f"{name}/{image}" for image in images)))
+        if images:
+            names.append(os.fsencode("\n".join(f"{name}/{image}" for image in images)))
         counts.append(len(images))
-    return b"\n".join(names), np.array(counts), NOT_CHECKED
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return ImageSet(folder, classes, b"\n".join(names), labels, class_times_ns=times_ns)
 
 
 def _open_part(store: Store, part: str) -> ImageSet:
@@ -212,10 +244,9 @@ def _open_part(store: Store, part: str) -> ImageSet:
     )
 
 
-def _read_index(
-    folder: Path, classes: Sequence[str], times_ns: Sequence[int]
-) -> tuple[bytes, np.ndarray, int] | None:
-    """What `_list` would find, as it was kept; None if nothing was, or a class folder changed."""
+def read_index(folder: Path) -> ImageSet | None:
+    """What `list_folder` would find, as it was kept; None if nothing was, or a folder changed."""
+    classes, times_ns = _class_folders(folder)
     try:
         with (
             open(folder / INDEX_NAME, "rb") as file,
@@ -227,12 +258,20 @@ def _read_index(
                 or index["class_times_ns"].tolist() != list(times_ns)
             ):
                 return None
-            return index["names"].tobytes(), index["counts"], int(index["checked"])
+            return ImageSet(
+                folder,
+                classes,
+                index["names"].tobytes(),
+                np.repeat(np.arange(len(classes)), index["counts"]),
+                checked=int(index["checked"]),
+                crcs=index["crc32"] if len(index["crc32"]) else None,
+                class_times_ns=times_ns,
+            )
     except DAMAGED_INDEX:
         return None  # there is none, or it is damaged: listing the folder makes another
 
 
-def _keep_index(image_set: ImageSet, checked: int) -> None:
+def keep_index(image_set: ImageSet, checked: int) -> None:
     """Keep a folder's listing in it, for the next start; a folder that may not be written in,
     or is being changed, goes without."""
     just_now_ns = time.time_ns() - 2 * 10**9  # a change within a tick of the clock leaves no trace
@@ -247,11 +286,18 @@ def _keep_index(image_set: ImageSet, checked: int) -> None:
         names=np.frombuffer(image_set.names, dtype=np.uint8),
         counts=np.bincount(image_set.labels),
         checked=checked,
+        crc32=np.empty(0, np.uint32) if image_set.crcs is None else image_set.crcs,
     )
     try:
         write_atomically(image_set.folder / INDEX_NAME, content.getvalue())
     except OSError as error:
         log.info("no index is kept in %s: %s", image_set.folder, error.strerror)
+
+
+def _class_folders(folder: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names of the class folders, sorted, and when each has last changed, in ns."""
+    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if _is_class_folder(entry)))
+    return classes, tuple(os.stat(folder / name).st_mtime_ns for name in classes)
 
 
 def image_names(folder: Path) -> list[str]:
@@ -297,7 +343,7 @@ def find_bad_images(image_set: ImageSet, workers: int, decode_all: bool) -> dict
             path = image_set.path(index)
             try:
                 if decode_all or not _looks_whole(path):
-                    decode(path.read_bytes())
+                    decode(bytes(image_set.read(index)[0]))
             except (ValueError, OSError) as error:
                 bad[image_set.file(index)] = str(error)
         return bad
@@ -380,7 +426,7 @@ def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
         bad = find_bad_images(image_set, config.workers, decode_all=config.skip_bad_images)
         log.info("checked in %s", format_duration(time.monotonic() - started))
         if not bad:
-            _keep_index(image_set, wanted)
+            keep_index(image_set, wanted)
         for file, reason in bad.items():
             log.info("cannot be read: %s (%s)", image_set.folder / file, reason)
             first = first or f"{image_set.folder / file} ({reason})"
@@ -428,10 +474,40 @@ def decode_plain_jpeg(
             data, fastupsample=fast, min_height=min_height, min_width=min_width
         )
     except ValueError as error:
-        if "Premature end" in str(error):
-            raise  # cut short, or zeros to its end: Pillow may take what is missing for grey
+        _judge(error)
         # Pillow knows which other slips of encoders are harmless, and refuses the rest.
         return decode_with_pillow(bytes(data))
+
+
+_complaints = threading.local()
+
+
+def take_complaint() -> str:
+    """What libjpeg said against the last JPEG that this thread has decoded, if not enough to refuse
+    it: mostly nothing. Data left over behind a picture comes from some encoders, and from damage.
+    """
+    return _complaints.__dict__.pop("text", "")
+
+
+def _judge(error: Exception) -> None:
+    """Raise ValueError where libjpeg's complaint means that a part of the picture is made up.
+
+    Pillow listens to no complaints, and would show it.
+    """
+    if any(sign in str(error) for sign in DAMAGED_INSIDE):
+        raise ValueError(f"damaged inside or cut short ({error})") from None
+    if str(error).startswith(PERHAPS_DAMAGED):
+        _complaints.text = str(error)
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Have libjpeg decode a JPEG at an eighth of its size, for what it has to say of it."""
+    try:
+        *_, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        colorspace = "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB"
+        simplejpeg.decode_jpeg(data, colorspace, min_height=1, min_width=1)
+    except (ValueError, KeyError) as error:  # KeyError: as in plain_jpeg_size
+        _judge(error)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -452,12 +528,12 @@ def _is_turned(data: bytes) -> bool:
     if b"Exif\0\0" not in data:  # most files end here, some microseconds later
         return False
     try:
-        return _turn_upright(Image.open(io.BytesIO(data))) is not None
+        return turn_upright(Image.open(io.BytesIO(data))) is not None
     except (OSError, Image.DecompressionBombError):
         return False  # decoding it will tell
 
 
-def _turn_upright(image: Image.Image) -> Image.Transpose | None:
+def turn_upright(image: Image.Image) -> Image.Transpose | None:
     """What brings a picture into the position that its EXIF data asks for.
 
     Pillow's own exif_transpose rewrites that data, and fails where other parts of it are broken.
@@ -474,8 +550,12 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
         raise ValueError("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if data.startswith(b"\xff\xd8"):
+                _check_jpeg(data)
+            elif image.format == "PNG":
+                _check_png(data)
             image.load()
-            turn = _turn_upright(image)
+            turn = turn_upright(image)
             return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
     except Image.UnidentifiedImageError:
         raise ValueError("not an image that can be read") from None
@@ -483,6 +563,18 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
         raise
     except Exception as error:  # Pillow answers broken files with SyntaxError, TypeError and more
         raise ValueError(str(error)) from None
+
+
+def _check_png(data: bytes) -> None:
+    """Compare a PNG's parts with their checksums; Pillow does not for those of the picture."""
+    view, start = memoryview(data), 8
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if zlib_ng.crc32(view[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            raise ValueError("damaged inside or cut short (a checksum of the PNG is wrong)")
+        if data[start + 4 : start + 8] == b"IEND":
+            return  # what some programs write behind it is no part of the picture
+        start = end
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

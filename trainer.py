@@ -673,16 +673,8 @@ def describe_run(
 # ------------------------------------------------------------------------------ too little memory
 
 
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether PyTorch got no memory, on a GPU or for a CPU."""
-    # What PyTorch's allocator for a CPU says, and what oneDNN does.
-    texts = ("DefaultCPUAllocator", "could not create a primitive")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(text in str(error) for text in texts)
-
-
 def advise_batch_size(run: Run, config: Config, setting: str) -> str:
-    """What to do about `batch_size` or `val_batch_size`, for which the memory is too small.
+    """What to do about `batch_size` or `val_batch_size`, for which the GPU's memory is too small.
 
     Tries ever smaller batches, each an eighth smaller, with this run, which is over.
     """
@@ -699,9 +691,7 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
                 train_step(run, images, labels, 0.0).item()
             else:
                 evaluate(run.model, iter([(images, labels)]), run.device, run.precision, bool)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        except torch.OutOfMemoryError:
             continue
         advice = f"--{setting.replace('_', '-')} {size} would, as was tried just now"
         if setting == "batch_size":
@@ -710,7 +700,7 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
         break
     else:
         advice = "no smaller one would either: see what else uses the memory"
-    return f"{setting} is {asked}: it does not fit into the memory at {px} px; {advice}"
+    return f"{setting} is {asked}: it does not fit into the GPU's memory at {px} px; {advice}"
 
 
 # ------------------------------------------------------------------------------ after training
@@ -844,16 +834,15 @@ def main() -> None:
         if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
             save()
         raise
-    except (RuntimeError, MemoryError) as error:
-        short_of_memory = is_out_of_memory(error)
-        if not short_of_memory:
-            raise
+    except torch.OutOfMemoryError:
+        short_of_memory = True
+        if not run.model.training:  # in validation; a step broken off would be half done
+            save()
     finally:
         saver.wait()
         lock.close()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
-        training = run.model.training
-        setting = "batch_size" if training else "val_batch_size"
+        setting = "batch_size" if run.model.training else "val_batch_size"
         raise UserError(advise_batch_size(run, config, setting))
 
 

@@ -404,15 +404,15 @@ def _shrunk(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 
 class Progress:
-    """Says how packing is going: a bar on a terminal, else a line in the log every ten seconds."""
+    """Says how work is going: a bar on a terminal, else a line in the log every ten seconds."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done, self.done_before = total, done, done
+    def __init__(self, doing: str, total: int, done: int = 0) -> None:
+        self.doing, self.total, self.done, self.done_before = doing, total, done, done
         self.bytes = 0
         self.started = self.told_at = time.monotonic()
         hidden = not sys.stdout.isatty()
         self.bar = tqdm.tqdm(
-            total=total, initial=done, desc="packing", disable=hidden, file=sys.stdout, leave=False
+            total=total, initial=done, desc=doing, disable=hidden, file=sys.stdout, leave=False
         )
 
     def tell(self, size_bytes: int) -> None:
@@ -426,8 +426,8 @@ class Progress:
         self.told_at = now
         rate = (self.done - self.done_before) / (now - self.started)
         log.debug(
-            "packed %s/%s  %.0f pictures/s  %.1f MB/s  ETA %s",
-            *(f"{self.done:,}", f"{self.total:,}", rate),
+            "%s %s/%s  %.0f pictures/s  %.1f MB/s  ETA %s",
+            *(self.doing, f"{self.done:,}", f"{self.total:,}", rate),
             self.bytes / 1e6 / (now - self.started),
             format_duration((self.total - self.done) / rate),
         )
@@ -450,7 +450,7 @@ def add_pictures(
     """
     todo = [at for at, entry in enumerate(entries) if entry not in writer]
     requests = note_signals()
-    progress = Progress(len(entries), len(entries) - len(todo))
+    progress = Progress("packing", len(entries), len(entries) - len(todo))
     bad: list[tuple[str, str]] = []
     underway: collections.deque = collections.deque()
     settings = writer.settings["max_side"], writer.settings["quality"]

@@ -7,6 +7,9 @@
     python3 scripts/prepare_data.py pack SOURCE STORE
         one file of all pictures of a folder, a zip or a tar, such as Kaggle's ImageNet; see
         scripts/packing.py and store.py
+    python3 scripts/prepare_data.py verify DIR
+        every picture of a folder or a store is decoded, and what is wrong or odd is told; see
+        scripts/verifying.py
 
 Where DIR is complete already, nothing is done. A half-finished one is never left behind: the files
 are gathered in DIR.partial, which takes DIR's name at the end. Packing goes on from STORE.partial
@@ -72,6 +75,18 @@ class PackOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """decode every picture of a folder or a store, and tell what is wrong or odd"""
+
+    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """folder with train/<class>/<name> and val/<class>/<name>, or a store"""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="JSON")] = None
+    """file for the whole report, with the counts of every class"""
+    workers: int = len(os.sched_getaffinity(0))
+    """threads that decode; as many as there are cores"""
+
+
+@dataclasses.dataclass(frozen=True)
 class PrepareOptions:
     """Which data set, and where to."""
 
@@ -80,6 +95,7 @@ class PrepareOptions:
             Annotated[DigitsOptions, tyro.conf.subcommand("digits")]
             | Annotated[ImagenetteOptions, tyro.conf.subcommand("imagenette")]
             | Annotated[PackOptions, tyro.conf.subcommand("pack")]
+            | Annotated[VerifyOptions, tyro.conf.subcommand("verify")]
         ]
     ]
     """which data set"""
@@ -134,10 +150,9 @@ def count_images(folder: Path) -> dict[str, int]:
 
 def pack(options: PackOptions) -> None:
     """Pack SOURCE into STORE; raises UserError for settings that are out of range."""
-    for field, least, most in (("max_side", 0, 65_535), ("quality", 1, 100), ("workers", 1, 1024)):
-        value = getattr(options, field)
-        if not least <= value <= most:
-            raise UserError(f"{field} is {value}: it must be {least} to {most:,}")
+    _check_range(options, "max_side", 0, 65_535)
+    _check_range(options, "quality", 1, 100)
+    _check_range(options, "workers", 1, 1024)
     import packing  # with torch, which takes seconds to import
 
     packing.pack(
@@ -151,12 +166,29 @@ def pack(options: PackOptions) -> None:
     )
 
 
+def verify(options: VerifyOptions) -> None:
+    """Verify DIR; raises UserError if anything is wrong with it."""
+    _check_range(options, "workers", 1, 1024)
+    import verifying  # with torch too
+
+    verifying.verify(options.dir, options.output, options.workers)
+
+
+def _check_range(options: object, field: str, least: int, most: int) -> None:
+    value = getattr(options, field)
+    if not least <= value <= most:
+        raise UserError(f"{field} is {value}: it must be {least} to {most:,}")
+
+
 def main() -> None:
-    """Bring a data set into DIR/train/<class>/ and DIR/val/<class>/, or into one file."""
+    """Bring a data set into DIR/train/<class>/ and DIR/val/<class>/ or one file, or verify one."""
     options = parse_options(PrepareOptions, __doc__).data_set
     start_log(None)
     if isinstance(options, PackOptions):
         pack(options)
+        return
+    if isinstance(options, VerifyOptions):
+        verify(options)
         return
     folder = options.dir
     if not all(count_images(folder).values()):

@@ -160,37 +160,46 @@ def test_any_other_setting_may_change(name: str) -> None:
 # ------------------------------------------------------------------------------ resources
 
 
-def test_too_little_memory_names_a_batch_that_fits(
-    settings: Settings,
-    tmp_path: Path,
-) -> None:
-    make_images(tmp_path / "many", classes=2, images=96)
+# As on a GPU with memory for 100 images of training, or for 5 of validation.
+SMALL_GPU = """
+train_step, evaluate = trainer.train_step, trainer.evaluate
+def small_step(run, images, *arguments):
+    if len(images) > 100:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return train_step(run, images, *arguments)
+def small_evaluate(model, batches, *arguments):
+    def checked():
+        for images, labels in batches:
+            if len(images) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            yield images, labels
+    return evaluate(model, checked(), *arguments)
+trainer.train_step, trainer.evaluate = small_step, small_evaluate
+"""
+
+
+def test_too_little_memory_names_a_batch_that_fits(settings: Settings, tmp_path: Path) -> None:
+    make_images(tmp_path / "many", classes=2, images=64)
     settings = {
         **settings,
         **{f"{part}_folder_name": str(tmp_path / "many" / part) for part in ("train", "val")},
-        **{"batch_size": 192, "train_px": 96, "epochs": 1},
+        **{"batch_size": 128, "val_batch_size": 16, "epochs": 1},
     }
-    # Once the model is there, 1 GB more than it takes: a batch of 192 needs some 3 GB.
-    limit = """
-import resource
-new_run = trainer.new_run
-def limited(*arguments):
-    run = new_run(*arguments)
-    lines = open("/proc/self/status").read().splitlines()
-    held = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
-    resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + 10**9,) * 2)
-    return run
-trainer.new_run = limited
-"""
-    line = error_line(train_with(limit, settings), 2)
-    assert "batch_size is 192: it does not fit into the memory at 96 px; --batch-size " in line
-    fits = int(line.split("--batch-size ")[1].split()[0])
-    assert 8 <= fits < 192
-    assert f"--max-lr {0.02 * fits / 192:.3g}" in line
-    # Nothing was changed: the batch that it named is the user's to choose, and it does train.
+    line = error_line(train_with(SMALL_GPU, settings), 2)
+    assert line == (
+        "error: batch_size is 128: it does not fit into the GPU's memory at 32 px; --batch-size 98 "
+        "would, as was tried just now, with --max-lr 0.0153 to go with it"
+    )
+    # Nothing was changed by itself, and what it named trains, up to the validation.
     assert not list(run_folder(settings).glob("checkpoints/*.pt"))
-    done = train_with(limit, {**settings, "batch_size": fits})
+    line = error_line(train_with(SMALL_GPU, {**settings, "batch_size": 98}), 2)
+    assert line == (
+        "error: val_batch_size is 16: it does not fit into the GPU's memory at 32 px; "
+        "--val-batch-size 5 would, as was tried just now"
+    )
+    done = train_with(SMALL_GPU, {**settings, "batch_size": 98, "val_batch_size": 5})
     assert done.returncode == 0, done.stderr
+    assert "resumed after 0 epochs and 2 steps" in done.stdout  # which were not lost
 
 
 def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,18 +85,32 @@ def _generations(folder: Path) -> list[Path]:
     return sorted(found, key=age, reverse=True)
 
 
-class BackgroundSaver:
-    """Copies the state at once and writes it while training goes on, one checkpoint at a time."""
+def parse_name(name: str) -> tuple[int, int, str] | None:
+    """Finished epochs, step and hash digits of a checkpoint by its name; None for another file."""
+    match = _NAME.fullmatch(name)
+    return match and (int(match[1]), int(match[2]), match[3])
 
-    def __init__(self, folder: Path) -> None:
+
+class BackgroundSaver:
+    """Copies the state at once and writes it while training goes on, one checkpoint at a time.
+
+    Calls `on_saved` in its thread once a checkpoint is on the disk.
+    """
+
+    def __init__(self, folder: Path, on_saved: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._underway: Future | None = None
 
     def save(self, state: dict[str, Any]) -> None:
         """Start to save; waits for the save before it and raises what that one ran into."""
         self.wait()
-        self._underway = self._thread.submit(save, self.folder, _on_cpu(state, copy=True))
+        self._underway = self._thread.submit(self._save, _on_cpu(state, copy=True))
+
+    def _save(self, state: dict[str, Any]) -> None:
+        save(self.folder, state)
+        self._on_saved()
 
     def wait(self) -> None:
         """Return once the last checkpoint is on the disk; raises OSError if it could not be."""

@@ -33,6 +33,7 @@ import tqdm
 import checkpoint
 import data
 import image_files
+import mirror
 from model import ResNet50Wrapper, load_weights
 from utils import (
     EXIT_FAILED,
@@ -643,6 +644,7 @@ def main() -> None:
     choose_precision(options.config, choose_device(options.config))
     folder = run_folder(options.config.runs_folder, options.config.name)
 
+    copies = mirror.start("" if options.dry_run else options.config.mirror, folder)
     state = None if options.dry_run else checkpoint.load_latest(folder / "checkpoints")
     config = take_max_lr(options.config, folder, state)
     if state is not None:
@@ -650,6 +652,7 @@ def main() -> None:
         state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
         checkpoint.check_settings(state, config)
         if say_if_finished(folder, config, state):
+            copies.finish(mirror.FINISHED_S)
             return
     train_set, val_set, skipped = image_files.open_images(
         config, state and state["images"]["skipped"]
@@ -675,13 +678,14 @@ def main() -> None:
         if state["precision"] != run.precision:
             log.warning("it began in %s: its results will differ a little", state["precision"])
 
-    saver = checkpoint.BackgroundSaver(folder / "checkpoints")
+    saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
 
     def save() -> None:
         saver.save({**run.state(), **identity})
 
     interrupted = checkpoint.watch_for_interruption()
+    last_copies_s = mirror.INTERRUPTED_S
     try:
         while len(run.history) < total_epochs(config):
             train_epoch(run, config, train_set, save, interrupted)
@@ -691,6 +695,7 @@ def main() -> None:
             if config.tensorboard:
                 write_tensorboard(folder, run.history)
         report(run, config, folder, val_set, interrupted)
+        last_copies_s = mirror.FINISHED_S
     except Interrupted:
         save()
         saver.wait()
@@ -705,6 +710,7 @@ def main() -> None:
         raise
     finally:
         saver.wait()
+        copies.finish(last_copies_s)
         lock.close()
 
 

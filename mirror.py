@@ -149,13 +149,23 @@ class _HuggingFaceStore:
 
     def __init__(self, repo_type: str, repo_id: str, folder: str) -> None:
         import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.hf_api
+        import huggingface_hub.utils
 
+        # By itself it waits for ever, shows bars, and prints the addresses that failed, of which
+        # some are signed.
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S)
+        hooks = {"request": [lambda request: request.extensions.update(timeout=limits)]}
+        client = type(huggingface_hub.utils.get_session())
+        huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, event_hooks=hooks))
+        huggingface_hub.utils.disable_progress_bars()
+        huggingface_hub.utils.logging.set_verbosity_error()
         self.hub = huggingface_hub
         self.api = huggingface_hub.HfApi()
         self.repo, self.folder = {"repo_type": repo_type, "repo_id": repo_id}, folder
 
     def sizes(self) -> dict[str, int]:
-        self._limit_waiting()
         try:
             found = list(
                 self.api.list_repo_tree(**self.repo, path_in_repo=self.folder, recursive=True)
@@ -166,7 +176,6 @@ class _HuggingFaceStore:
         return {file.path.removeprefix(f"{self.folder}/"): file.size for file in files}
 
     def read(self, name: str) -> bytes:
-        self._limit_waiting()
         path = f"{self.folder}/{name}"
         with tempfile.TemporaryDirectory() as folder:  # not the cache, which keeps everything
             return Path(
@@ -174,7 +183,6 @@ class _HuggingFaceStore:
             ).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
-        self._limit_waiting()
         path = f"{self.folder}/{name}"
         self.api.upload_file(**self.repo, path_or_fileobj=content, path_in_repo=path)
 
@@ -182,11 +190,7 @@ class _HuggingFaceStore:
         return self.read(name) == content
 
     def remove(self, name: str) -> None:
-        self._limit_waiting()
         self.api.delete_file(f"{self.folder}/{name}", **self.repo)
-
-    def _limit_waiting(self) -> None:
-        self.hub.utils.get_session().timeout = TIMEOUT_S  # by default it waits for ever
 
 
 def open_store(url: str, run_name: str) -> Store:
@@ -484,12 +488,15 @@ def _version(path: Path) -> tuple[int, int]:
 
 def _patiently(action: Callable[[], Answer]) -> Answer:
     """The answer of one of three tries, or what the last of them raised."""
+    started = time.monotonic()
     for wait_s in (1, 2):
         try:
             return action()
         except UserError:
             raise
         except Exception:
+            if time.monotonic() - started > TIMEOUT_S:  # long enough
+                raise
             time.sleep(wait_s)
     return action()
 

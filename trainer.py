@@ -678,6 +678,7 @@ def main() -> None:
         if state["precision"] != run.precision:
             log.warning("it began in %s: its results will differ a little", state["precision"])
 
+    copies.copy()  # what the last start did not come to copy
     saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
 

@@ -16,6 +16,7 @@ import io
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +108,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 def _load(path: Path) -> dict[str, Any]:
     """A checkpoint on the CPU; raises ValueError, among others, if it is not what was saved."""
     content = path.read_bytes()
-    if not hashlib.sha256(content).hexdigest().startswith(_NAME.fullmatch(path.name)[3]):
+    if not hashlib.sha256(content).hexdigest().startswith(parse_name(path.name)[2]):
         raise ValueError("its content is not what was saved")
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
@@ -122,7 +123,7 @@ def _generations(folder: Path) -> list[Path]:
 
     # Where a disk fails, glob finds nothing without a word, and the run would begin anew.
     try:
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        found = [path for path in folder.iterdir() if parse_name(path.name)]
     except FileNotFoundError:
         return []
     return sorted(found, key=_age, reverse=True)
@@ -130,22 +131,35 @@ def _generations(folder: Path) -> list[Path]:
 
 def _age(path: Path) -> tuple[int, int]:
     """Finished epochs and steps of a checkpoint."""
-    epochs, step, _ = _NAME.fullmatch(path.name).groups()
-    return int(epochs), int(step)
+    return parse_name(path.name)[:2]
+
+
+def parse_name(name: str) -> tuple[int, int, str] | None:
+    """Finished epochs, step and hash digits of a checkpoint by its name; None for another file."""
+    match = _NAME.fullmatch(name)
+    return match and (int(match[1]), int(match[2]), match[3])
 
 
 class BackgroundSaver:
-    """Copies the state at once and writes it while training goes on, one checkpoint at a time."""
+    """Copies the state at once and writes it while training goes on, one checkpoint at a time.
 
-    def __init__(self, folder: Path) -> None:
+    Calls `on_saved` in its thread once a checkpoint is on the disk.
+    """
+
+    def __init__(self, folder: Path, on_saved: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._underway: Future | None = None
 
     def save(self, state: dict[str, Any]) -> None:
         """Start to save; waits for the save before it and raises what that one ran into."""
         self.wait()
-        self._underway = self._thread.submit(save, self.folder, _on_cpu(state, copy=True))
+        self._underway = self._thread.submit(self._save, _on_cpu(state, copy=True))
+
+    def _save(self, state: dict[str, Any]) -> None:
+        save(self.folder, state)
+        self._on_saved()
 
     def check(self) -> None:
         """Raise what the last save ran into, if it has ended; waits for nothing."""

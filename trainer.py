@@ -33,6 +33,7 @@ import checkpoint
 import data
 import image_files
 import interruption
+import mirror
 from model import ResNet50Wrapper, load_weights
 from utils import (
     EXIT_FAILED,
@@ -766,6 +767,7 @@ def main() -> None:
     choose_precision(options.config, choose_device(options.config))
     folder = run_folder(options.config.runs_folder, options.config.name)
 
+    copies = mirror.start("" if options.dry_run else options.config.mirror, folder)
     state = None if options.dry_run else checkpoint.load_latest(folder / "checkpoints")
     config = take_max_lr(options.config, folder, state)
     if state is not None:
@@ -773,6 +775,7 @@ def main() -> None:
         state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
         checkpoint.check_settings(state, config)
         if say_if_finished(folder, config, state):
+            copies.finish(mirror.FINISHED_S)
             return
     train_set, val_set, skipped = image_files.open_images(
         config, state and state["images"]["skipped"]
@@ -796,7 +799,8 @@ def main() -> None:
     if state is not None:
         resume(run, state, folder)
 
-    saver = checkpoint.BackgroundSaver(folder / "checkpoints")
+    copies.copy()  # what the last start did not come to copy
+    saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
 
     def save() -> None:
@@ -818,9 +822,11 @@ def main() -> None:
     interruption.watch_ec2(requests)
     requests.nothing_to_save = False
     short_of_memory = False
+    last_copies_s = mirror.INTERRUPTED_S
     try:
         train_epochs(run, config, folder, train_set, val_set, save, heed)
         report(run, config, folder, val_set, heed)
+        last_copies_s = mirror.FINISHED_S
     except Interrupted:
         save()
         saver.wait()
@@ -840,6 +846,7 @@ def main() -> None:
             save()
     finally:
         saver.wait()
+        copies.finish(last_copies_s)
         lock.close()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
         setting = "batch_size" if run.model.training else "val_batch_size"

@@ -133,6 +133,9 @@ class Config:
     """decode every image before the first epoch and leave out those that cannot be read"""
     checkpoint_minutes: float = 10.0
     """minutes between checkpoints inside an epoch; 0 saves after every step"""
+    mirror: str = ""
+    """where checkpoints are copied to as well, and fetched from where there are none here:
+    s3://bucket/prefix, hf://datasets/user/repo, hf://user/repo or file:///folder"""
     log_interval_s: float = 10.0
     """seconds between two progress lines"""
     price_per_hour: float = 0.97
@@ -167,6 +170,7 @@ FREE_SETTINGS = frozenset(
         "compile",
         "workers",
         "checkpoint_minutes",
+        "mirror",
         "log_interval_s",
         "price_per_hour",
         "tensorboard",

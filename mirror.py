@@ -1,0 +1,532 @@
+"""A run's files copied elsewhere while it trains, and fetched from there onto an empty machine.
+
+    python3 trainer.py --mirror s3://bucket/prefix          any S3 store: AWS_ENDPOINT_URL names it
+    python3 trainer.py --mirror hf://datasets/user/repo     or hf://user/repo, and folders therein
+    python3 trainer.py --mirror file:///other/disk          a folder that is there
+
+Below that address, <run name>/ has what a run's folder has: the newest checkpoints under their own
+names, which bear their hash, and the files that go with them, whose hashes are in SHA256SUMS.
+
+A thread copies after each checkpoint: always the newest one, so that a slow network skips some and
+never has a queue. What it copies it then verifies there. An S3 store that keeps SHA-256 itself, as
+Amazon's does, computes it as the file arrives, refuses a wrong one, and is asked for it; from all
+others the file is read back. Nothing that fails there reaches training: it is logged when it begins
+and when it ends, and tried again ever more seldom, at least once a minute.
+"""
+
+import base64
+import contextlib
+import hashlib
+import io
+import re
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import checkpoint
+from utils import UserError, log, write_atomically
+
+TIMEOUT_S = 20.0  # without a byte from a store, or to it
+LONGEST_WAIT_S = 60.0  # between two tries
+FINISHED_S = 60.0  # how long the last copies may take: of a run that is finished,
+INTERRUPTED_S = 20.0  # and of one that has to end
+
+# What goes with the checkpoints: with these a run goes on, or is exported, on any machine.
+COPIED_FILES = ("config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json")
+SUMS = "SHA256SUMS"
+
+Answer = TypeVar("Answer")
+
+
+class MirrorError(Exception):
+    """Something is wrong with what a mirror holds; the text is ours, and may be shown."""
+
+
+class Store(Protocol):
+    """Where a mirror is: files by their names below the run's folder there."""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that is there; raises if the bucket, repo or disk is not."""
+
+    def read(self, name: str) -> bytes:
+        """A file's content."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file there, in place of the one before."""
+
+    def holds(self, name: str, content: bytes) -> bool:
+        """Whether the file there has this content, by its hash."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+
+
+# ------------------------------------------------------------------------------ the stores
+
+
+class _FolderStore:
+    """A folder on another disk, which has to be there."""
+
+    def __init__(self, root: Path, run_name: str) -> None:
+        self.root, self.folder = root, root / run_name
+
+    def sizes(self) -> dict[str, int]:
+        next(self.root.iterdir(), None)  # a disk that is not mounted is no empty mirror
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+
+    def holds(self, name: str, content: bytes) -> bool:
+        return self.read(name) == content
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class _S3Store:
+    """A prefix of an S3 bucket; the credentials are those that boto3 finds."""
+
+    def __init__(self, bucket: str, folder: str) -> None:
+        import boto3
+        import botocore.config
+
+        self.bucket, self.folder = bucket, folder
+        # Without retries of its own: the mirror has them, and says so.
+        config = botocore.config.Config(
+            connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
+        )
+        self.client = boto3.session.Session().client("s3", config=config)
+
+    def sizes(self) -> dict[str, int]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{self.folder}/"
+        )
+        files = [file for page in pages for file in page.get("Contents", ())]
+        return {file["Key"].removeprefix(f"{self.folder}/"): file["Size"] for file in files}
+
+    def read(self, name: str) -> bytes:
+        return self.client.get_object(**self._named(name))["Body"].read()
+
+    def write(self, name: str, content: bytes) -> None:
+        self.client.put_object(
+            **self._named(name),
+            Body=io.BytesIO(content),  # sent block by block, each with the whole timeout
+            ChecksumAlgorithm="SHA256",
+            ChecksumSHA256=base64.b64encode(hashlib.sha256(content).digest()).decode(),
+        )
+
+    def holds(self, name: str, content: bytes) -> bool:
+        head = self.client.head_object(**self._named(name), ChecksumMode="ENABLED")
+        if head["ContentLength"] != len(content):
+            return False
+        if "ChecksumSHA256" not in head:
+            return self.read(name) == content
+        return base64.b64decode(head["ChecksumSHA256"]) == hashlib.sha256(content).digest()
+
+    def remove(self, name: str) -> None:
+        self.client.delete_object(**self._named(name))
+
+    def _named(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": f"{self.folder}/{name}"}
+
+
+class _HuggingFaceStore:
+    """A folder in a model or dataset repo of a Hugging Face hub, under the token that is found.
+
+    Each file is a commit, so that the repo's history keeps what is removed.
+    """
+
+    def __init__(self, repo_type: str, repo_id: str, folder: str) -> None:
+        import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.hf_api
+        import huggingface_hub.utils
+
+        # By itself it waits for ever, shows bars, and prints the addresses that failed, of which
+        # some are signed.
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S)
+        hooks = {"request": [lambda request: request.extensions.update(timeout=limits)]}
+        client = type(huggingface_hub.utils.get_session())
+        huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, event_hooks=hooks))
+        huggingface_hub.utils.disable_progress_bars()
+        huggingface_hub.utils.logging.set_verbosity_error()
+        self.hub = huggingface_hub
+        self.api = huggingface_hub.HfApi()
+        self.repo, self.folder = {"repo_type": repo_type, "repo_id": repo_id}, folder
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            found = list(
+                self.api.list_repo_tree(**self.repo, path_in_repo=self.folder, recursive=True)
+            )
+        except self.hub.errors.EntryNotFoundError:  # the repo is there, the folder not yet
+            return {}
+        files = [entry for entry in found if isinstance(entry, self.hub.hf_api.RepoFile)]
+        return {file.path.removeprefix(f"{self.folder}/"): file.size for file in files}
+
+    def read(self, name: str) -> bytes:
+        path = f"{self.folder}/{name}"
+        with tempfile.TemporaryDirectory() as folder:  # not the cache, which keeps everything
+            return Path(
+                self.hub.hf_hub_download(**self.repo, filename=path, local_dir=folder)
+            ).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        path = f"{self.folder}/{name}"
+        self.api.upload_file(**self.repo, path_or_fileobj=content, path_in_repo=path)
+
+    def holds(self, name: str, content: bytes) -> bool:
+        return self.read(name) == content
+
+    def remove(self, name: str) -> None:
+        self.api.delete_file(f"{self.folder}/{name}", **self.repo)
+
+
+def open_store(url: str, run_name: str) -> Store:
+    """The store at an address, not contacted yet; raises UserError if there can be none."""
+    scheme, _, place = url.partition("://")
+    parts = [part for part in place.split("/") if part]
+    try:
+        if scheme == "file" and place.startswith("/") and parts:
+            return _FolderStore(Path(urllib.parse.unquote(place)), run_name)
+        plain = (
+            place[:1] != "/" and parts and all(re.fullmatch(r"[\w.=+-]+", part) for part in parts)
+        )
+        if scheme == "s3" and plain:
+            return _S3Store(parts[0], "/".join([*parts[1:], run_name]))
+        if scheme == "hf" and plain:
+            repo_type = "dataset" if parts[0] == "datasets" else "model"
+            parts = parts[1:] if parts[0] in ("datasets", "models") else parts
+            if len(parts) >= 2 and parts[0] not in ("spaces", "buckets"):
+                folder = "/".join([*parts[2:], run_name])
+                return _HuggingFaceStore(repo_type, "/".join(parts[:2]), folder)
+    except ImportError as error:
+        raise UserError(f"--mirror needs {error.name}: pip install -r requirements.txt") from None
+    # Not repeated here, since a password may stand in it.
+    raise UserError(
+        "that is no address for --mirror: write s3://BUCKET/PREFIX, hf://datasets/USER/REPO, "
+        "hf://USER/REPO or file:///FOLDER; credentials come from the environment"
+    )
+
+
+# ------------------------------------------------------------------------------ the mirror
+
+
+def start(url: str, folder: Path) -> "Mirror":
+    """The mirror of a run's folder; with an empty address it does nothing.
+
+    If the folder has no checkpoint that is whole, the newest one of the mirror is fetched, with
+    what goes with it. Raises UserError for a wrong address; if the folder has none and the mirror
+    cannot be read; and if the mirror's run is further on than the folder's.
+    """
+    if not url:
+        return Mirror(url, folder, None)
+    store = open_store(url, folder.name)
+    if isinstance(store, _FolderStore) and store.folder.resolve() == folder.resolve():
+        raise UserError(f"--mirror {url} is where the run itself is: name another disk")
+    mirror = Mirror(url, folder, store)
+    newest = _newest_whole(folder)
+    here = newest[0] if newest else None
+    fetched: dict[str, bytes] = {}
+    try:
+        fetched = mirror.later_than(here) if here else _patiently(lambda: mirror.later_than(None))
+    except UserError:
+        raise
+    except Exception as error:  # boto3's, huggingface_hub's and the system's have nothing in common
+        words = _in_words(error)
+        if here is None:
+            raise UserError(
+                f"the mirror {url} cannot be read ({words}), and {folder} has no checkpoint: a run "
+                "that is there would be begun anew: mend it, or leave out --mirror"
+            ) from None
+        log.warning("the mirror %s cannot be read (%s): training goes on", url, words)
+    if fetched:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(checkpoint.lock(folder)):
+            for name, content in fetched.items():
+                write_atomically(folder / name, content)
+        log.info("fetched %s from %s", ", ".join(fetched), url)
+    return mirror
+
+
+class Mirror:
+    """Copies a run's newest files in a thread; see the module's docstring."""
+
+    def __init__(self, url: str, folder: Path, store: Store | None) -> None:
+        self.url, self.folder, self.store = url, folder, store
+        self.ours: set[str] = set()  # checkpoints there that are of this run, as far as is known
+        self.copied: dict[str, tuple[int, int]] = {}  # what the thread has verified; see _version
+        self._changed = threading.Condition()
+        self._asked = self._answered = 0  # how often copies were asked for, and up to which one
+        self._finishing = False
+        self._trouble = ""  # why the last try failed
+        self._thread: threading.Thread | None = None
+
+    def copy(self) -> None:
+        """Ask for copies of the newest files; returns at once."""
+        if self.store is None:
+            return
+        with self._changed:
+            self._asked += 1
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def finish(self, timeout_s: float) -> bool:
+        """Copy what is missing yet, for at most so long; says and returns whether all is there."""
+        if self.store is None:
+            return True
+        log.info("copying the last files to %s, for at most %.0f s", self.url, timeout_s)
+        with self._changed:
+            self._finishing = True
+        self.copy()
+        with self._changed:
+            complete = self._changed.wait_for(lambda: self._answered == self._asked, timeout_s)
+            trouble = self._trouble or "it takes too long"
+        if complete:
+            log.info("the mirror %s is complete", self.url)
+        else:
+            log.warning(
+                "the mirror %s is not complete (%s): the same command again completes it",
+                self.url, trouble,
+            )  # fmt: skip
+        return complete
+
+    def _work(self) -> None:
+        wait_s = 1.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked > self._answered)
+                asked = self._asked
+            try:
+                self._copy_newest()
+            except Exception as error:  # whatever it is, training shall not know
+                words = _in_words(error)
+                with self._changed:
+                    failed_before, self._trouble = self._trouble, words
+                    if not failed_before:
+                        log.warning(
+                            "copying to %s fails (%s): training goes on, copying is tried again",
+                            self.url, words,
+                        )  # fmt: skip
+                    if self._finishing:
+                        self._changed.wait(1.0)
+                    else:
+                        self._changed.wait_for(lambda: self._finishing, wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            else:
+                with self._changed:
+                    if self._trouble:
+                        log.info("copying to %s works again", self.url)
+                    self._trouble, self._answered, wait_s = "", asked, 1.0
+                    self._changed.notify_all()
+
+    def _copy_newest(self) -> None:
+        """Bring the mirror to where the folder is, in an order in which it is whole at any time."""
+        there = self.store.sizes()
+        newest = _newest_whole(self.folder)
+        if newest:
+            self._refuse_further_on(newest[0], there)
+        self._copy_files(there)
+        if newest is None:
+            return
+        name, content = newest
+        path = f"checkpoints/{name}"
+        if path not in there or path not in self.copied:
+            self._put(path, content, there)
+            self.copied[path] = (0, 0)
+            self.ours.add(name)
+        found = newest_first({*_checkpoints(there), name})
+        kept = found[found.index(name) :][: checkpoint.GENERATIONS_KEPT]
+        for other in set(found) - set(kept):
+            self.store.remove(f"checkpoints/{other}")
+
+    def _copy_files(self, there: dict[str, int]) -> None:
+        if SUMS not in there:
+            self.copied.clear()  # to be listed, they are verified once more
+        changed = {}
+        for name in COPIED_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                version = _version(self.folder / name)
+                if name not in there or self.copied.get(name) != version:
+                    changed[name] = version, (self.folder / name).read_bytes()
+        if not changed:
+            return
+        # While they are replaced, both the old and the new ones are right.
+        before = self._sums(there)
+        new = {
+            (hashlib.sha256(content).hexdigest(), name) for name, (_, content) in changed.items()
+        }
+        self._write_sums(before | new)
+        for name, (version, content) in changed.items():
+            self._put(name, content, there)
+            self.copied[name] = version
+        self._write_sums(new | {line for line in before if line[1] not in changed})
+
+    def _put(self, name: str, content: bytes, there: dict[str, int]) -> None:
+        """Write and verify a file, unless it is there from before a restart."""
+        if there.get(name) == len(content) and self.store.holds(name, content):
+            return
+        self.store.write(name, content)
+        if not self.store.holds(name, content):
+            raise MirrorError(f"{name} is not there as it was sent")
+
+    def _sums(self, there: dict[str, int]) -> set[tuple[str, str]]:
+        """Hash and name of each line in the mirror's SHA256SUMS."""
+        text = self.store.read(SUMS).decode("ascii", "replace") if SUMS in there else ""
+        pairs = (line.partition("  ") for line in text.splitlines())
+        return {(digest, name) for digest, _, name in pairs}
+
+    def _write_sums(self, lines: set[tuple[str, str]]) -> None:
+        ordered = sorted(lines, key=lambda line: line[::-1])
+        text = "".join(f"{digest}  {name}\n" for digest, name in ordered)
+        self._put(SUMS, text.encode(), {})
+
+    def _refuse_further_on(self, here: str, there: dict[str, int]) -> None:
+        """Raise MirrorError if the mirror has a later checkpoint that is not known to be ours."""
+        others = [name for name in _checkpoints(there) if name not in self.ours]
+        later = [name for name in others if age(name) > age(here)]
+        if later:
+            raise MirrorError(f"it holds a run of that name that is further on, {later[0]}")
+
+    def later_than(self, here: str | None) -> dict[str, bytes]:
+        """The mirror's newest checkpoint that is whole and later than the one named `here`.
+
+        Without `here` also the files that go with it, before it. By their names in the run's
+        folder; empty if there is none. Raises UserError as in `start`.
+        """
+        there = self.store.sizes()
+        found = newest_first(_checkpoints(there))
+        later = [name for name in found if here is None or age(name) > age(here)]
+        # One that is here too, damaged, is this run's; another one may be of anybody.
+        if here and later and not (self.folder / "checkpoints" / later[0]).exists():
+            raise UserError(
+                f"the mirror {self.url} holds run {self.folder.name} further on ({later[0]}) than "
+                f"{self.folder} does ({here}): to go on with the mirror's, move that folder away; "
+                "to keep this one, take another --mirror"
+            )
+        self.ours.update(found)
+        for name in later:
+            log.info("reading %s from %s", name, self.url)
+            content = self.store.read(f"checkpoints/{name}")
+            if is_whole(name, content):
+                files = {} if here else self._whole_files(there)
+                return {**files, f"checkpoints/{name}": content}
+            log.warning("%s is damaged in %s: left aside", name, self.url)
+        if later and here is None:
+            raise UserError(
+                f"every checkpoint of run {self.folder.name} in {self.url} is damaged: remove it "
+                "there, or begin again with another --name"
+            )
+        return {}
+
+    def _whole_files(self, there: dict[str, int]) -> dict[str, bytes]:
+        sums = self._sums(there)
+        whole = {}
+        for name in COPIED_FILES:
+            if name in there:
+                content = self.store.read(name)
+                if (hashlib.sha256(content).hexdigest(), name) in sums:
+                    whole[name] = content
+                else:
+                    log.warning("%s is damaged in %s: left aside", name, self.url)
+        return whole
+
+
+# ------------------------------------------------------------------------------ small helpers
+
+
+def age(name: str) -> tuple[int, int]:
+    """Finished epochs and steps of a checkpoint, by which a later one is greater."""
+    return checkpoint.parse_name(name)[:2]
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """Names of checkpoints in order."""
+    return sorted(names, key=checkpoint.parse_name, reverse=True)
+
+
+def is_whole(name: str, content: bytes) -> bool:
+    """Whether a checkpoint has the hash that is in its name."""
+    return hashlib.sha256(content).hexdigest().startswith(checkpoint.parse_name(name)[2])
+
+
+def _checkpoints(there: Iterable[str]) -> list[str]:
+    """The checkpoints among a mirror's files, by their names alone."""
+    names = [path.removeprefix("checkpoints/") for path in there if path.startswith("checkpoints/")]
+    return [name for name in names if checkpoint.parse_name(name)]
+
+
+def _newest_whole(folder: Path) -> tuple[str, bytes] | None:
+    """Name and content of a run's newest checkpoint that is whole."""
+    paths = (folder / "checkpoints").glob("epochs-*.pt")
+    for name in newest_first(path.name for path in paths if checkpoint.parse_name(path.name)):
+        with contextlib.suppress(FileNotFoundError):  # a newer one was saved, and this one removed
+            content = (folder / "checkpoints" / name).read_bytes()
+            if is_whole(name, content):
+                return name, content
+    return None
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """What differs once a file is replaced by a rename; raises FileNotFoundError."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _patiently(action: Callable[[], Answer]) -> Answer:
+    """The answer of one of three tries, or what the last of them raised."""
+    started = time.monotonic()
+    for wait_s in (1, 2):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception:
+            if time.monotonic() - started > TIMEOUT_S:  # long enough
+                raise
+            time.sleep(wait_s)
+    return action()
+
+
+def _in_words(error: Exception) -> str:
+    """What went wrong at a store; never its own text, in which a signed address may stand."""
+    if isinstance(error, MirrorError):
+        return str(error)
+    answer: Any = getattr(error, "response", None)
+    if isinstance(answer, dict):  # boto3's
+        code = str(answer.get("Error", {}).get("Code", ""))
+        status = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        words = [word for word in (status, code) if re.fullmatch(r"\w{1,40}", word)]
+        return f"it answers {' '.join(dict.fromkeys(words))}"
+    if hasattr(answer, "status_code"):  # huggingface_hub's
+        return f"it answers {answer.status_code}"
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    for part, words in _TROUBLES.items():
+        if any(part in kind for kind in kinds):
+            return words
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return kinds[0]
+
+
+_TROUBLES = {
+    "NoCredentials": "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the "
+    "instance a role",
+    "Timeout": "it does not answer",
+    "EndpointConnection": "it cannot be reached",
+    "ConnectError": "it cannot be reached",
+    "ConnectionClosed": "the connection broke off",
+}

@@ -1,0 +1,916 @@
+"""Copies elsewhere: onto a disk, an S3 emulator and a stand-in for a hub, through all that fails.
+
+The emulator is moto's server; what goes wrong on the way to it, a small proxy does.
+"""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import http.server
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.exceptions
+import pytest
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
+from test_checkpoint import make_state
+from test_trainer import as_options, outcome
+
+import checkpoint
+import mirror
+from utils import UserError, write_atomically
+
+SECRET = "wJalrXUtnFEMIsecret"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIAtestonly",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------ the servers
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[int]:
+    """The port of an S3 emulator on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        env=COMMAND_ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def answers() -> bool:
+        assert process.poll() is None
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_for(answers)
+    yield port
+    process.terminate()
+    process.wait()
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Stands between a mirror and the emulator, and does to the requests what `fault` says."""
+
+    allow_reuse_address = True
+    fault: Any = None  # a status to answer with, "hang", "slow", "forget checksums"
+    damage_next = ""  # the method whose next body is altered on its way
+    upstream: int
+
+    def __init__(self, upstream: int, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), ProxyHandler)
+        self.upstream = upstream
+        self.requests: list[tuple[str, str]] = []  # method and path of what was let through
+        self.connections: list[socket.socket] = []
+        self.hurry = threading.Event()  # ends what hangs
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.connections.append(super().get_request()[0])
+        return self.connections[-1], self.connections[-1].getpeername()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that gave up, or a connection that was ended, is what the tests are about."""
+
+    def close(self) -> None:
+        """End the connections, and refuse new ones."""
+        self.hurry.set()
+        self.shutdown()
+        self.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def pass_on(self) -> None:
+        if self.server.fault == "hang":  # what follows the headers is not even read
+            self.server.hurry.wait()
+            self.close_connection = True
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if isinstance(self.server.fault, int):
+            self.refuse(self.server.fault, "AccessDenied" if self.server.fault == 403 else "Error")
+            return
+        if self.server.fault == "slow":
+            time.sleep(0.2)
+        headers = dict(self.headers)
+        if self.server.fault == "forget checksums":
+            headers = {key: headers[key] for key in headers if "checksum" not in key.lower()}
+        if self.server.damage_next == self.command and "checkpoints/" in self.path:
+            self.server.damage_next = ""
+            body = b"\0" + body[1:]
+        # The emulator believes whatever checksum it is given; S3 does not.
+        given = headers.get("x-amz-checksum-sha256")
+        if given and given != base64.b64encode(hashlib.sha256(body).digest()).decode():
+            self.refuse(400, "BadDigest")
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        upstream.request(self.command, self.path, body, headers)
+        answer = upstream.getresponse()
+        content = answer.read()
+        self.server.requests.append((self.command, self.path))
+        self.answer(answer.status, dict(answer.headers), content)
+        upstream.close()
+
+    def refuse(self, status: int, code: str) -> None:
+        text = f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>"
+        self.answer(status, {"Content-Type": "text/xml"}, text.encode())
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = pass_on
+
+    def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response_only(status)
+        length = headers.pop("Content-Length", len(content))  # that of HEAD is of the file
+        for key, value in headers.items():
+            if key.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def proxy(emulator: int) -> Iterator[Proxy]:
+    proxy = Proxy(emulator)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO, "resnet50")
+
+
+class Bucket:
+    """A new bucket of the emulator, as the test sees it, past the proxy."""
+
+    def __init__(self, emulator: int) -> None:
+        self.name = f"runs-{uuid.uuid4()}"
+        self.client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{emulator}")
+        self.client.create_bucket(Bucket=self.name)
+        self.url = f"s3://{self.name}/some/prefix"
+
+    def files(self) -> dict[str, bytes]:
+        found = self.client.list_objects_v2(Bucket=self.name).get("Contents", [])
+        keys = [file["Key"] for file in found]
+        assert all(key.startswith("some/prefix/run/") for key in keys)
+        return {
+            key.removeprefix("some/prefix/run/"): self.client.get_object(Bucket=self.name, Key=key)[
+                "Body"
+            ].read()
+            for key in keys
+        }
+
+    def put(self, name: str, content: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=f"some/prefix/run/{name}", Body=content)
+
+
+@pytest.fixture
+def bucket(emulator: int, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    return Bucket(emulator)
+
+
+class Disk:
+    """A folder as a mirror, as the test sees it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir()
+        self.url = f"file://{root}"
+
+    def files(self) -> dict[str, bytes]:
+        return contents(self.root / "run")
+
+    def put(self, name: str, content: bytes) -> None:
+        (self.root / "run" / name).write_bytes(content)
+
+
+# ------------------------------------------------------------------------------ a run's folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The empty folder of a run."""
+    folder = tmp_path / "runs" / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    return folder
+
+
+def save(folder: Path, step: int, epochs: int = 0) -> Path:
+    """What the trainer writes after an epoch or within one, in small."""
+    write_atomically(folder / "metrics.jsonl", b'{"epoch": 1}\n' * epochs)
+    for name in ("last.pt", "best.pt"):
+        write_atomically(folder / name, random.Random(f"{name} {epochs}").randbytes(100_000))
+    return checkpoint.save(folder / "checkpoints", make_state(step, epochs))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def assert_complete(place: "Bucket | Disk", folder: Path) -> None:
+    """The newest checkpoint and what goes with it are there, byte for byte, and the sums are right.
+
+    The checkpoint before it may be another one than in the folder: not every one is copied.
+    """
+    there, here = place.files(), contents(folder)
+    sums = there.pop(mirror.SUMS).decode()
+    files = {name: there[name] for name in there if not name.startswith("checkpoints/")}
+    assert files == {name: here[name] for name in here if name in mirror.COPIED_FILES}
+    expected = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files)]
+    assert sums == "".join(expected)
+
+    saved = sorted(name for name in there if name not in files)
+    assert 1 <= len(saved) <= checkpoint.GENERATIONS_KEPT
+    assert saved[-1] == max(name for name in here if name.startswith("checkpoints/"))
+    assert there[saved[-1]] == here[saved[-1]]
+    assert all(mirror.is_whole(Path(name).name, there[name]) for name in saved)
+
+
+def said(caplog: pytest.LogCaptureFixture, text: str) -> int:
+    return sum(text in record.getMessage() for record in caplog.records)
+
+
+# ------------------------------------------------------------------------------ copying
+
+
+@pytest.mark.parametrize("kind", ["s3", "file"])
+def test_the_mirror_becomes_what_the_folder_is(
+    kind: str, folder: Path, tmp_path: Path, request: pytest.FixtureRequest, caplog: Any
+) -> None:
+    place = request.getfixturevalue("bucket") if kind == "s3" else Disk(tmp_path / "other disk")
+    copies = mirror.start(place.url, folder)
+    for epochs, step in enumerate((5, 10, 15)):
+        save(folder, step, epochs)
+        copies.copy()
+        wait_for(lambda: copies._asked == copies._answered)
+        assert_complete(place, folder)
+    write_atomically(folder / "result.json", b"{}\n")  # after the last checkpoint
+    assert copies.finish(10)
+    assert_complete(place, folder)
+    assert said(caplog, f"the mirror {place.url} is complete") == 1
+    if kind == "file":
+        done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=place.root / "run")
+        assert done.returncode == 0
+
+    # A later start of the run finds it all there: nothing is sent again.
+    again = mirror.start(place.url, folder)
+    if kind == "s3":
+        before = len(request.getfixturevalue("proxy").requests)
+        assert again.finish(10)
+        later = request.getfixturevalue("proxy").requests[before:]
+        assert [
+            path for method, path in later if method == "PUT" and "SHA256SUMS" not in path
+        ] == []
+    assert again.finish(10)
+    assert_complete(place, folder)
+
+
+def test_nothing_is_mirrored_without_an_address(folder: Path) -> None:
+    copies = mirror.start("", folder)
+    copies.copy()
+    assert copies.finish(0)
+    assert contents(folder) == {}
+
+
+def test_a_slow_network_gets_the_newest_and_no_queue(
+    folder: Path, bucket: Bucket, proxy: Proxy
+) -> None:
+    copies = mirror.start(bucket.url, folder)
+    saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
+    write_atomically(folder / "config.json", b"{}\n")
+    proxy.fault = "slow"
+    started = time.monotonic()
+    for step in range(1, 41):
+        saver.save(make_state(step))
+    saver.wait()
+    assert time.monotonic() - started < 4  # at 0.2 s a request, 40 copies would take 16 and more
+    assert copies.finish(20)
+    assert_complete(bucket, folder)
+    sent = [path for method, path in proxy.requests if method == "PUT" and "checkpoints" in path]
+    assert len(set(sent)) == len(sent) <= 10
+
+
+FAULTS = [
+    (500, "it answers 500 Error"),
+    (403, "it answers 403 AccessDenied"),
+    ("hang", "it does not answer"),
+    ("down", "it cannot be reached"),
+]
+
+
+def begin(fault: object, proxy: Proxy) -> None:
+    if fault == "down":
+        proxy.close()
+    proxy.fault = fault
+
+
+def mend(fault: object, proxy: Proxy) -> Proxy:
+    """A proxy that works, at the same port."""
+    proxy.fault = None
+    proxy.hurry.set()
+    return Proxy(proxy.upstream, proxy.server_port) if fault == "down" else proxy
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS)
+def test_a_store_that_fails_and_comes_back_is_made_complete(
+    fault: object,
+    words: str,
+    folder: Path,
+    bucket: Bucket,
+    proxy: Proxy,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mirror, "TIMEOUT_S", 0.5)
+    copies = mirror.start(bucket.url, folder)
+    save(folder, 1)
+    copies.copy()
+    wait_for(lambda: copies._answered == 1)
+
+    begin(fault, proxy)
+    for step in range(2, 6):
+        save(folder, step, epochs=1)
+        started = time.monotonic()
+        copies.copy()
+        assert time.monotonic() - started < 0.1
+    wait_for(lambda: said(caplog, f"fails ({words})"))
+    time.sleep(3)  # some more tries, without a word
+    assert said(caplog, "fails") == 1
+
+    working = mend(fault, proxy)
+    wait_for(lambda: said(caplog, "works again"))
+    assert copies.finish(10)
+    assert said(caplog, "works again") == 1
+    assert_complete(bucket, folder)
+    assert SECRET not in caplog.text and CREDENTIALS["AWS_ACCESS_KEY_ID"] not in caplog.text
+    if working is not proxy:
+        working.close()
+
+
+@pytest.mark.parametrize("fault", [500, "hang", "down"])
+def test_the_last_copies_are_bounded_in_time(
+    fault: object, folder: Path, bucket: Bucket, proxy: Proxy, caplog: Any
+) -> None:
+    copies = mirror.start(bucket.url, folder)
+    save(folder, 1)
+    begin(fault, proxy)
+    started = time.monotonic()
+    assert not copies.finish(1.5)
+    assert 1.5 <= time.monotonic() - started < 2.5
+    assert said(caplog, "is not complete") == 1
+    mend(fault, proxy)
+
+
+def test_a_store_that_stops_reading_is_given_up(
+    bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "TIMEOUT_S", 0.5)
+    store = mirror.open_store(bucket.url, "run")
+    proxy.fault = "hang"
+    started = time.monotonic()
+    with pytest.raises(botocore.exceptions.ConnectionClosedError):
+        store.write("best.pt", bytes(50_000_000))
+    assert time.monotonic() - started < 5
+
+
+def test_a_wait_for_another_try_ends_with_the_run(
+    folder: Path, bucket: Bucket, proxy: Proxy
+) -> None:
+    copies = mirror.start(bucket.url, folder)
+    save(folder, 1)
+    proxy.fault = 500
+    copies.copy()
+    time.sleep(4)  # the tries after 0, 1 and 3 seconds; the next one would come after 7
+    proxy.fault = None
+    started = time.monotonic()
+    assert copies.finish(10)
+    assert time.monotonic() - started < 2
+    assert_complete(bucket, folder)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_what_arrives_altered_is_noticed_and_sent_again(
+    checksums: bool, folder: Path, bucket: Bucket, proxy: Proxy, caplog: Any
+) -> None:
+    """By the store itself, or by reading back from one that keeps no checksums."""
+    copies = mirror.start(bucket.url, folder)
+    path = save(folder, 1)
+    proxy.fault = None if checksums else "forget checksums"
+    proxy.damage_next = "PUT"
+    copies.copy()
+    noticed = f"checkpoints/{path.name} is not there as it was sent"
+    words = "it answers 400 BadDigest" if checksums else noticed
+    wait_for(lambda: said(caplog, f"fails ({words})"))
+    assert copies.finish(10)
+    assert_complete(bucket, folder)
+
+
+def test_a_copy_that_somebody_removed_is_sent_again(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    copies = mirror.start(place.url, folder)
+    path = save(folder, 1)
+    copies.copy()
+    wait_for(lambda: copies._answered == 1)
+    for name in ("best.pt", f"checkpoints/{path.name}", mirror.SUMS):
+        (place.root / "run" / name).unlink()
+    assert copies.finish(10)
+    there = place.files()
+    assert (
+        f"{hashlib.sha256(there['best.pt']).hexdigest()}  best.pt\n"
+        in there.pop(mirror.SUMS).decode()
+    )
+    assert there == contents(folder)
+
+
+def test_a_damaged_checkpoint_is_never_copied(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    copies = mirror.start(place.url, folder)
+    good = save(folder, 1)
+    save(folder, 2).write_bytes(b"damaged")
+    assert copies.finish(10)
+    names = [name for name in place.files() if name.startswith("checkpoints/")]
+    assert names == [f"checkpoints/{good.name}"]
+
+
+# ------------------------------------------------------------------------------ fetching
+
+
+def mirrored(place: "Bucket | Disk", folder: Path) -> list[Path]:
+    """Mirror two checkpoints and remove the folder; returns their paths, the older one first."""
+    copies = mirror.start(place.url, folder)
+    paths = []
+    for step in (5, 9):
+        paths.append(save(folder, step, epochs=1))
+        copies.copy()
+        wait_for(lambda: copies._asked == copies._answered)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    folder.rmdir()
+    return paths
+
+
+def test_an_empty_machine_gets_everything(folder: Path, bucket: Bucket) -> None:
+    mirrored(bucket, folder)
+    copies = mirror.start(bucket.url, folder)
+    assert checkpoint.load_latest(folder / "checkpoints")["step"] == 9
+    there = bucket.files()
+    there.pop(mirror.SUMS)
+    got = contents(folder)
+    assert got == {name: there[name] for name in got}
+    assert set(got) >= {"best.pt", "last.pt", "metrics.jsonl"}
+
+    save(folder, 12, epochs=1)
+    assert copies.finish(10)
+    assert checkpoint.load_latest(folder / "checkpoints")["step"] == 12
+    assert bucket.files().keys() >= contents(folder).keys()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_copy_is_left_aside_for_the_one_before(
+    damage: str, folder: Path, bucket: Bucket, caplog: Any
+) -> None:
+    older, newer = mirrored(bucket, folder)
+    name = f"checkpoints/{newer.name}"
+    whole = bucket.files()[name]
+    flipped = whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
+    bucket.put(name, {"flipped": flipped, "cut": whole[:-1], "empty": b""}[damage])
+    bucket.put("best.pt", b"damaged")
+    copies = mirror.start(bucket.url, folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [older.name]
+    assert said(caplog, f"{newer.name} is damaged in s3://") == 1
+    assert said(caplog, "best.pt is damaged in s3://") == 1
+    assert not (folder / "best.pt").exists()
+
+    # The run that goes on from there puts its own in their place.
+    save(folder, 7, epochs=1)
+    assert copies.finish(10)
+    assert_complete(bucket, folder)
+
+    for name in bucket.files():
+        if name.startswith("checkpoints/"):
+            bucket.put(name, b"damaged")
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"damaged here too")
+    with pytest.raises(UserError, match=r"every checkpoint of run run in s3://.* is damaged"):
+        mirror.start(bucket.url, folder)
+
+
+def test_damaged_checkpoints_here_are_mended_from_the_mirror(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    copies = mirror.start(place.url, folder)
+    save(folder, 5)
+    newest = save(folder, 9)
+    assert copies.finish(10)
+    whole = contents(folder)
+    newest.write_bytes(b"damaged")
+    mirror.start(place.url, folder)  # the older one is whole: only the newest is fetched
+    assert contents(folder) == whole
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"damaged")
+    mirror.start(place.url, folder)
+    assert newest.read_bytes() == whole[f"checkpoints/{newest.name}"]
+
+
+def test_a_mirror_that_is_further_on_is_neither_followed_nor_replaced(
+    folder: Path, bucket: Bucket, proxy: Proxy, caplog: Any
+) -> None:
+    mirrored(bucket, folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    save(folder, 7, epochs=1)
+    before = bucket.files()
+    with pytest.raises(UserError, match=r"further on .*move that folder away.*another --mirror"):
+        mirror.start(bucket.url, folder)
+    # Nor if it could not be read at the start.
+    proxy.fault = 500
+    copies = mirror.start(bucket.url, folder)
+    proxy.fault = None
+    assert not copies.finish(1)
+    assert said(caplog, "it holds a run of that name that is further on") == 2
+    assert bucket.files() == before
+    # Once this one has overtaken it, it is.
+    save(folder, 10, epochs=1)
+    assert copies.finish(10)
+    assert_complete(bucket, folder)
+
+
+def test_a_run_that_fell_back_replaces_what_it_copied_itself(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    copies = mirror.start(place.url, folder)
+    save(folder, 5)
+    later = save(folder, 9)
+    copies.copy()
+    wait_for(lambda: copies._answered == 1)
+    later.unlink()
+    save(folder, 6)
+    assert copies.finish(10)
+    names = [name for name in place.files() if "step-00000009" in name]
+    assert names == []
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS)
+def test_an_unreachable_mirror_stops_a_run_at_its_beginning_only(
+    fault: object,
+    words: str,
+    folder: Path,
+    bucket: Bucket,
+    proxy: Proxy,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mirror, "TIMEOUT_S", 0.5)
+    begin(fault, proxy)
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=rf"cannot be read \({words}\).*leave out --mirror"
+    ) as error:
+        mirror.start(bucket.url, folder)
+    assert time.monotonic() - started < 8
+    assert error.value.exit_code == 2
+    save(folder, 1)
+    mirror.start(bucket.url, folder)
+    assert said(caplog, f"cannot be read ({words}): training goes on") == 1
+    assert SECRET not in caplog.text + str(error.value)
+
+
+def test_places_that_are_not_there_are_no_empty_mirrors(
+    folder: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror.time, "sleep", lambda _: None)
+    for url, words in (
+        ("s3://no-such-bucket/runs", "it answers 404 NoSuchBucket"),
+        (f"file://{tmp_path}/not/mounted", "No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mirror.start(url, folder)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="no credentials: set AWS_ACCESS_KEY_ID"):
+        mirror.start(bucket.url, folder)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("bucket/prefix", "ftp://host/runs", "s3://", "s3:///prefix", "file://runs", "file:///"),
+        *("hf://user", "hf://datasets/user", "hf://spaces/user/app", "hf://user/repo@main"),
+        *(f"s3://key:{SECRET}@bucket/runs", f"https://user:{SECRET}@host/", f"s3://b/p?k={SECRET}"),
+    ],
+)
+def test_what_is_no_address_is_refused_at_once_and_not_repeated(url: str, folder: Path) -> None:
+    with pytest.raises(UserError, match="no address for --mirror") as error:
+        mirror.start(url, folder)
+    assert SECRET not in str(error.value)
+
+
+def test_addresses_name_their_stores(tmp_path: Path) -> None:
+    store = mirror.open_store("s3://bucket", "run")
+    assert (store.bucket, store.folder) == ("bucket", "run")
+    store = mirror.open_store("s3://bucket/a/b/", "run")
+    assert (store.bucket, store.folder) == ("bucket", "a/b/run")
+    for url, repo_type, folder in (
+        ("hf://user/repo", "model", "run"),
+        ("hf://models/user/repo/a/b", "model", "a/b/run"),
+        ("hf://datasets/user/repo", "dataset", "run"),
+    ):
+        store = mirror.open_store(url, "run")
+        assert store.repo == {"repo_type": repo_type, "repo_id": "user/repo"}
+        assert store.folder == folder
+    assert mirror.open_store("file:///a%20b/c", "run").folder == Path("/a b/c/run")
+    assert mirror.open_store("file:///a b/c", "run").folder == Path("/a b/c/run")
+
+
+@pytest.mark.parametrize(
+    ("url", "package"), [("s3://bucket", "boto3"), ("hf://user/repo", "huggingface_hub")]
+)
+def test_a_missing_package_is_named(
+    url: str, package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs {package}: pip install"):
+        mirror.start(url, folder)
+
+
+def test_a_mirror_in_the_runs_own_place_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="is where the run itself is"):
+        mirror.start(f"file://{folder.parent}", folder)
+
+
+# ------------------------------------------------------------------------------ a hub
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of a Hugging Face hub as the copies use; its one repo is the dataset user/repo."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files: dict[str, bytes] = {}
+        self.fault: Any = None  # a status to answer with, "hang"
+        self.hurry = threading.Event()  # ends what hangs
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        if self.server.fault == "hang":
+            self.server.hurry.wait()
+        elif self.server.fault:
+            self.answer(self.server.fault, {"error": "out of order"})
+        elif path == "/api/datasets/user/repo/preupload/main":
+            named = [file["path"] for file in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self.answer(200, {"files": [{"path": name, **mode} for name in named]})
+        elif path == "/api/datasets/user/repo/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+                if line["key"] == "deletedFile":
+                    del self.server.files[value["path"]]
+            url = f"http://127.0.0.1:{self.server.server_port}/datasets/user/repo/commit/{'0' * 40}"
+            self.answer(200, {"commitOid": "0" * 40, "commitUrl": url, "hookOutput": ""})
+        else:
+            self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        tree, resolve = "/api/datasets/user/repo/tree/main/", "/datasets/user/repo/resolve/main/"
+        if self.server.fault:
+            self.answer(self.server.fault, {"error": "out of order"})
+        elif path.startswith(tree):
+            folder = path.removeprefix(tree).replace("%2F", "/")
+            files = [
+                {"type": "file", "oid": "0" * 40, "path": name, "size": len(content)}
+                for name, content in self.server.files.items()
+                if name.startswith(f"{folder}/")
+            ]
+            missing = {"X-Error-Code": "EntryNotFound"}
+            self.answer(200, files) if files else self.answer(404, {"error": "none"}, missing)
+        elif path.startswith(resolve):
+            content = self.server.files[path.removeprefix(resolve)]
+            etag = hashlib.sha1(content).hexdigest()
+            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 40})
+        else:
+            self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response_only(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+# In a process of its own, since the hub's address is read when the package is imported.
+HUB_PROGRAM = """if True:
+    import sys, logging, pathlib
+    import mirror, utils
+    utils.start_log(None)
+    url, folder = sys.argv[1:]
+    if url.endswith("hang"):
+        mirror.TIMEOUT_S = 0.5
+        mirror.open_store(url, "run").remove("best.pt")
+    def main():
+        copies = mirror.start(url, pathlib.Path(folder))
+        sys.exit(not copies.finish(10))
+    utils.run_stage(main)
+"""
+
+
+def test_a_hub_holds_the_copies_too(folder: Path) -> None:
+    hub = Hub()
+    token = "hf_" + SECRET
+
+    def run(url: str = "hf://datasets/user/repo/runs") -> subprocess.CompletedProcess:
+        hub_at = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_PROGRAM, url, str(folder)],
+            cwd=REPOSITORY,
+            env={**COMMAND_ENVIRONMENT, **hub_at, "HF_HUB_DISABLE_TELEMETRY": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert token not in done.stdout + done.stderr
+        return done
+
+    def there() -> dict[str, bytes]:
+        prefix = "runs/run/"
+        assert all(name.startswith(prefix) for name in hub.files)
+        files = {name.removeprefix(prefix): content for name, content in hub.files.items()}
+        return {name: content for name, content in files.items() if name != mirror.SUMS}
+
+    for step in (5, 9, 12):
+        save(folder, step, epochs=1)
+        done = run()
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert there() == contents(folder)
+
+    # Onto an empty machine; and the hub's repo may be missing, or the hub out of order.
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    missing = run("hf://datasets/user/other")
+    assert missing.returncode == 2
+    assert "cannot be read (it answers 404)" in missing.stderr
+    assert run().returncode == 0
+    assert checkpoint.load_latest(folder / "checkpoints")["step"] == 12
+    assert (folder / "best.pt").read_bytes() == there()["best.pt"]
+    save(folder, 13, epochs=1)
+    hub.fault = 403
+    failed = run()
+    assert failed.returncode == 1
+    assert "cannot be read (it answers 403): training goes on" in failed.stdout
+    assert "is not complete (it answers 403)" in failed.stdout
+    hub.fault = "hang"
+    assert "ReadTimeout" in run("hf://datasets/user/repo/hang").stderr
+    hub.hurry.set()
+    hub.shutdown()
+    hub.server_close()
+
+
+# ------------------------------------------------------------------------------ training
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    """Two epochs of three steps, a checkpoint after each."""
+    make_images(tmp_path / "images", classes=3, images=7)
+    return {
+        "runs_folder": str(tmp_path / "runs"),
+        "name": "plain",
+        "train_folder_name": str(tmp_path / "images" / "train"),
+        "val_folder_name": str(tmp_path / "images" / "val"),
+        "epochs": 2,
+        "batch_size": 8,
+        "max_lr": 0.02,
+        "train_px": 32,
+        "val_px": 32,
+        "val_resize_px": 36,
+        "precision": "fp32",
+        "workers": 1,
+        "checkpoint_minutes": 0,
+        "log_interval_s": 1e-9,
+    }
+
+
+def start_trainer(settings: dict[str, object], output: Path) -> subprocess.Popen:
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, "trainer.py", *as_options(settings)],
+            cwd=REPOSITORY,
+            env={**COMMAND_ENVIRONMENT, **{name: os.environ[name] for name in AWS_NAMES}},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+AWS_NAMES = (*CREDENTIALS, "AWS_ENDPOINT_URL")
+
+
+def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
+    settings: dict[str, object], bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Stopped, its folder lost, and the mirror out of order for part of both halves."""
+    done = run_stage_command("trainer.py", *as_options(settings))
+    assert done.returncode == 0, done.stderr
+    mirrored = {**settings, "name": "run", "mirror": bucket.url}
+    folder, output = tmp_path / "runs" / "run", tmp_path / "output"
+
+    def runs_until(text: str) -> None:
+        wait_for(lambda: text in output.read_text() or process.poll() is not None)
+        assert text in output.read_text(), output.read_text()
+
+    process = start_trainer(mirrored, output)
+    runs_until("epoch 1/2  step 1/3")
+    proxy.fault = 500
+    runs_until("epoch 2/2  step 1/3")
+    proxy.fault = None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert f"the mirror {bucket.url} is complete" in output.read_text()
+    assert_complete(bucket, folder)
+    shutil.rmtree(folder)
+
+    process = start_trainer(mirrored, output)
+    runs_until("resumed after 1 epochs and ")
+    proxy.close()
+    runs_until("finished in ")
+    revived = Proxy(proxy.upstream, proxy.server_port)
+    assert process.wait(90) == 0
+    text = output.read_text()
+    assert text.count(" fails (") == 1  # in the middle of a copy, or at the beginning of one
+    assert text.count("works again") == 1
+    assert f"the mirror {bucket.url} is complete" in text
+    assert SECRET not in text + (folder / "config.json").read_text()
+    assert_complete(bucket, folder)
+    assert outcome(mirrored) == outcome(settings)
+
+    # What is finished is so on any machine.
+    shutil.rmtree(folder)
+    done = run_stage_command("trainer.py", *as_options(mirrored), env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "is finished" in done.stdout
+    revived.close()
+
+
+def test_nothing_is_begun_anew_while_the_mirror_cannot_be_read(
+    settings: dict[str, object], bucket: Bucket, proxy: Proxy
+) -> None:
+    proxy.close()
+    done = run_stage_command(
+        "trainer.py", *as_options({**settings, "mirror": bucket.url}), env=dict(os.environ)
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: the mirror {bucket.url} cannot be read (it cannot be reached)")
+    assert not Path(str(settings["runs_folder"])).exists()

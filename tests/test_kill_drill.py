@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from conftest import REPOSITORY, run_stage_command
 
 
-def drill(*arguments: object, stage: Path = Path("scripts/kill_drill.py")):
+def drill(*arguments: object, stage: object = "scripts/kill_drill.py") -> CompletedProcess[str]:
     return run_stage_command(stage, *arguments, timeout=280)
 
 

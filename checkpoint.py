@@ -105,7 +105,7 @@ def _generations(folder: Path) -> list[Path]:
     # Where a disk fails, glob finds nothing without a word, and the run would begin anew.
     try:
         found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # prepare_folder says the latter
         return []
     return sorted(found, key=_age, reverse=True)
 

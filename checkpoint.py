@@ -124,7 +124,7 @@ def _generations(folder: Path) -> list[Path]:
     # Where a disk fails, glob finds nothing without a word, and the run would begin anew.
     try:
         found = [path for path in folder.iterdir() if parse_name(path.name)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # prepare_folder says the latter
         return []
     return sorted(found, key=_age, reverse=True)
 

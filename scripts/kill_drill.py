@@ -86,7 +86,7 @@ class Drill:
 
     folder: Path
     draws: random.Random
-    start_s: float = 0.0  # from the start of a process to its first step, as seen last
+    start_s: float = 0.0  # from the start of a process to its first step, undisturbed
     training_s: float = 0.0  # from there to the end of a run
     write_s: float = 0.0  # a temporary file's life
     missed: int = 0  # kills that did not hit what they were meant to
@@ -337,8 +337,8 @@ def check_files(
     return now
 
 
-def finish_run(drill: Drill, run: Path, expected: dict[str, Any]) -> None:
-    """Let a run come to its end, compare it with the undisturbed one, and remove it."""
+def finish_run(drill: Drill, run: Path) -> None:
+    """Let a run come to its end."""
     process = start(drill, run.name, drill.draws.choice(WORKERS), 10.0)
     try:
         wait_until(process, lambda: False)
@@ -346,6 +346,10 @@ def finish_run(drill: Drill, run: Path, expected: dict[str, Any]) -> None:
         process.kill()
         process.wait()
     refuse_failure(drill, run, process)
+
+
+def compare(drill: Drill, run: Path, expected: dict[str, Any]) -> None:
+    """Compare a run that has ended with the undisturbed one, and remove it; raises UserError."""
     found = outcome(run)
     different = [part for part, value in expected.items() if found[part] != value]
     if different:
@@ -380,13 +384,14 @@ def carry_out(options: DrillOptions, folder: Path) -> dict[str, Any]:
         kind = drill.draws.choice(possible)
         was_hit = kill_once(drill, run, kind, expected)
         if was_hit is None:
-            finish_run(drill, run, expected)
+            compare(drill, run, expected)
             run = folder / "runs" / f"disturbed_{drill.runs + 1}"
         elif was_hit and left[kind]:
             left[kind] -= 1
         else:
             drill.missed += 1
-    finish_run(drill, run, expected)
+    finish_run(drill, run)
+    compare(drill, run, expected)
     return {
         "kills": asked,
         "more_kills_that_missed_their_moment": drill.missed,
@@ -410,12 +415,16 @@ def main() -> None:
     start_log(None)
     if options.kills < 1:
         raise UserError(f"kills is {options.kills}: it must be 1 or more")
+    for wanted in (options.folder, options.output and options.output.parent):
+        if wanted:
+            wanted.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="kill_drill_", dir=options.folder))
+    log.info("working in %s", folder)
     try:
         record = carry_out(options, folder)
     except UserError as error:
         raise failed(f"{error}; all files are in {folder}") from None
-    except BaseException:
+    except KeyboardInterrupt:
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)

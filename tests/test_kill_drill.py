@@ -1,13 +1,15 @@
 """A short drill, and whether the drill notices a trainer that loses something."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from conftest import REPOSITORY, run_stage_command
 
 
-def drill(*arguments: object, stage: Path = Path("scripts/kill_drill.py")):
+def drill(*arguments: object, stage: object = "scripts/kill_drill.py") -> CompletedProcess[str]:
     return run_stage_command(stage, *arguments, timeout=280)
 
 
@@ -39,7 +41,8 @@ def test_a_trainer_that_forgets_its_momentum_is_found_out(tmp_path: Path) -> Non
     assert done.returncode == 1, done.stdout + done.stderr
     (message,) = done.stderr.splitlines()
     assert message.startswith("error: ")
-    assert "momentum" in message
+    # In the rows of an epoch after a kill, or else at the end of the run.
+    assert re.search("other rows than the undisturbed run|ended with other .*momentum", message)
     (kept,) = tmp_path.glob("kill_drill_*")
     assert str(kept) in message
     shutil.rmtree(kept)  # 600 MB

@@ -395,7 +395,6 @@ def finish_epoch(
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     val = evaluate(run.model, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
-    refuse_trouble(run, [0, 0, int(not math.isfinite(val["val_loss"]))])
     steps = run.step // (len(run.history) + 1)
     row = {
         "epoch": len(run.history) + 1,

@@ -31,13 +31,15 @@ FAULTS = {
 # That one waits for a byte, so that strace can take hold of it; any process may (Linux's Yama would
 # leave it to the parent). Its end is told as an exit code: an errno, or minus the signal.
 SERVER = """if True:
-    import ctypes, os, resource, sys
+    import ctypes, os, resource, sys, tempfile
     from pathlib import Path
     import torch
     import checkpoint
 
     PR_SET_PTRACER, ANY = 0x59616D61, ctypes.c_ulong(-1)
     state = torch.load(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), state)  # so that PyTorch has read what it reads only once
     print("ready", flush=True)
     while folder := os.read(0, 4096).decode():
         pid = os.fork()

@@ -1,12 +1,12 @@
 """What saving costs: how long a checkpoint holds training up, and how much it slows it down.
 
-    python3 scripts/benchmark_save.py --minutes 10 --output save.json
+    python3 scripts/benchmark_save.py --output save.json
 
 Trains ResNet-50 on a batch of noise, through the trainer's own step and saver. The pause is the
 time that the call to save takes, between two steps; durable is the checkpoint when it is on the
 disk. Then minutes with a checkpoint at their beginning and minutes without take turns: the share of
-steps that the former fall short of the latter, pair by pair, is what saving costs. Prints what it
-finds; --output takes a JSON file with hardware and versions.
+steps by which the former fall short of the latter, pair by pair, is what saving costs. Prints what
+it finds; --output takes a JSON file with hardware and versions.
 """
 
 import dataclasses
@@ -46,8 +46,10 @@ class BenchmarkOptions:
     """images in a step; 0: 448 on a GPU, 16 on a CPU"""
     saves: int = 10
     """checkpoints whose pause is measured"""
-    minutes: int = 10
-    """minutes of training, every other one with a checkpoint"""
+    pairs: int = 5
+    """pairs of a minute with a checkpoint and one without"""
+    interval_s: float = 60.0
+    """seconds of such a minute"""
     folder: Path | None = None
     """where to save; a temporary folder if not given"""
     output: Path | None = None
@@ -58,8 +60,8 @@ def main() -> None:
     """Measure the pauses, then the minutes."""
     options = parse_options(BenchmarkOptions, __doc__)
     start_log(None)
-    if options.saves < 1 or options.minutes < 2:
-        raise UserError("saves must be 1 or more, minutes 2 or more")
+    if min(options.saves, options.pairs) < 1 or options.interval_s <= 0:
+        raise UserError("saves and pairs must be 1 or more, interval_s above 0")
     batch_size = options.batch_size or (448 if torch.cuda.is_available() else 16)
     config = Config(batch_size=batch_size, train_px=options.px)
     check_config(config)
@@ -70,14 +72,12 @@ def main() -> None:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(run.device)
     labels = torch.randint(0, 1000, (batch_size,), generator=random).to(run.device)
 
-    def train(seconds: float) -> float:
-        """Steps a second, over some time."""
-        started, first = time.monotonic(), run.step
+    def train(seconds: float) -> None:
+        started = time.monotonic()
         while time.monotonic() - started < seconds:
             trainer.train_step(run, images, labels, 1e-6).item()
-        return (run.step - first) / (time.monotonic() - started)
 
-    train(10)  # warms up
+    train(options.interval_s / 6)  # warms up
     pauses_s, durable_s, pairs = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         saver = checkpoint.BackgroundSaver(Path(folder))
@@ -91,31 +91,36 @@ def main() -> None:
         size_bytes = max(path.stat().st_size for path in Path(folder).glob("epochs-*.pt"))
         tell("pause", pauses_s)
         tell("durable after", durable_s)
-        for _ in range(options.minutes // 2):
+        for _ in range(options.pairs):
             rates = []
             for with_save in (True, False):
                 started = time.monotonic()
                 first = run.step
                 if with_save:
                     saver.save(run.state())
-                train(60 - (time.monotonic() - started))
+                train(options.interval_s - (time.monotonic() - started))
                 rates.append((run.step - first) / (time.monotonic() - started))
                 saver.wait()
             pairs.append(rates)
             log.info("%.3f steps/s with a checkpoint, %.3f without", *rates)
     lost = [1 - with_save / without for with_save, without in pairs]
     log.info(
-        "a checkpoint a minute costs %.2f %% (%.2f to %.2f)",
+        "a checkpoint every %.0f s costs %.2f %% (%.2f to %.2f)",
+        options.interval_s,
         *(100 * value for value in (statistics.median(lost), min(lost), max(lost))),
     )
     if options.output:
         record: dict[str, Any] = {
-            "settings": {"px": options.px, "batch_size": batch_size},
+            "settings": {
+                "px": options.px,
+                "batch_size": batch_size,
+                "interval_s": options.interval_s,
+            },
             "checkpoint_bytes": size_bytes,
             "pauses_s": [round(value, 4) for value in pauses_s],
             "durable_s": [round(value, 3) for value in durable_s],
             "steps_per_s_with_and_without": [[round(rate, 4) for rate in pair] for pair in pairs],
-            "lost": {"median": statistics.median(lost), "rounds": lost},
+            "lost": {"median": statistics.median(lost), "pairs": lost},
             "hardware": trainer.describe_hardware(run),
             "versions": versions(),
         }

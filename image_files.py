@@ -419,7 +419,9 @@ def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
     skipped: list[str] = []
     first = ""
     for part, image_set in parts.items():
-        if image_set.checked >= wanted:
+        # Files may have changed since their checksums were kept: to skip those, all are read again.
+        verified = config.skip_bad_images and image_set.crcs is not None
+        if image_set.checked >= wanted and not verified:
             continue
         started = time.monotonic()
         log.info("checking %s files in %s", f"{len(image_set):,}", image_set.folder)

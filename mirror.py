@@ -33,7 +33,8 @@ from utils import UserError, log, write_atomically
 TIMEOUT_S = 20.0  # without a byte from a store, or to it
 LONGEST_WAIT_S = 60.0  # between two tries
 FINISHED_S = 60.0  # how long the last copies may take: of a run that is finished,
-INTERRUPTED_S = 20.0  # and of one that has to end
+INTERRUPTED_S = 20.0  # of one that has to end,
+COMPLETED_S = 3600.0  # and of one that was finished before, where nothing else waits
 
 # What goes with the checkpoints: with these a run goes on, or is exported, on any machine.
 COPIED_FILES = ("config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json")
@@ -254,6 +255,11 @@ def start(url: str, folder: Path) -> "Mirror":
     if fetched:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         with contextlib.closing(checkpoint.lock(folder)):
+            if _newest_whole(folder) != newest:
+                raise UserError(
+                    f"another process has just saved to {folder}: give the same command again, to "
+                    "go on from there"
+                )
             for name, content in fetched.items():
                 write_atomically(folder / name, content)
         log.info("fetched %s from %s", ", ".join(fetched), url)
@@ -293,7 +299,12 @@ class Mirror:
             self._finishing = True
         self.copy()
         with self._changed:
-            complete = self._changed.wait_for(lambda: self._answered == self._asked, timeout_s)
+            # Where an hour is allowed, it is for a slow network, not for one that fails.
+            self._changed.wait_for(
+                lambda: self._answered == self._asked or (self._trouble and timeout_s > FINISHED_S),
+                timeout_s,
+            )
+            complete = self._answered == self._asked
             trouble = self._trouble or "it takes too long"
         if complete:
             log.info("the mirror %s is complete", self.url)
@@ -316,6 +327,7 @@ class Mirror:
                 words = _in_words(error)
                 with self._changed:
                     failed_before, self._trouble = self._trouble, words
+                    self._changed.notify_all()
                     if not failed_before:
                         log.warning(
                             "copying to %s fails (%s): training goes on, copying is tried again",
@@ -350,8 +362,17 @@ class Mirror:
             self.ours.add(name)
         found = newest_first({*_checkpoints(there), name})
         kept = found[found.index(name) :][: checkpoint.GENERATIONS_KEPT]
-        for other in set(found) - set(kept):
+        # A later one that is here too must be damaged here: then the copy is the only good one.
+        mending = {
+            other
+            for other in found
+            if age(other) > age(name) and (self.folder / "checkpoints" / other).exists()
+        }
+        for other in set(found) - set(kept) - mending:
             self.store.remove(f"checkpoints/{other}")
+        for file in there:  # of a process that was killed while copying to another disk
+            if re.fullmatch(r"checkpoints/\.epochs-.*\.tmp", file):
+                self.store.remove(file)
 
     def _copy_files(self, there: dict[str, int]) -> None:
         if SUMS not in there:

@@ -500,7 +500,7 @@ def check_open_files(workers: int) -> None:
     """Refuse a limit of open files that training would run into; raises UserError."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = OPEN_FILES + workers
-    if allowed < needed:
+    if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise UserError(
             f"this shell allows {allowed} open files, {workers} workers need {needed}: allow more "
             "with `ulimit -n 1024`, or use fewer --workers"
@@ -679,6 +679,8 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
     Tries ever smaller batches, each an eighth smaller, with this run, which is over.
     """
     size = asked = getattr(config, setting)
+    # The last evaluation is in fp32.
+    precision = "fp32" if len(run.history) == total_epochs(config) else run.precision
     px = config.train_px if setting == "batch_size" else config.val_px
     while size > 2:
         size = max(2, size * 7 // 8)
@@ -690,7 +692,7 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
             if setting == "batch_size":
                 train_step(run, images, labels, 0.0).item()
             else:
-                evaluate(run.model, iter([(images, labels)]), run.device, run.precision, bool)
+                evaluate(run.model, iter([(images, labels)]), run.device, precision, bool)
         except torch.OutOfMemoryError:
             continue
         advice = f"--{setting.replace('_', '-')} {size} would, as was tried just now"
@@ -774,7 +776,7 @@ def main() -> None:
         state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
         checkpoint.check_settings(state, config)
         if say_if_finished(folder, config, state):
-            copies.finish(mirror.FINISHED_S)
+            copies.finish(mirror.COMPLETED_S)
             return
     train_set, val_set, skipped = image_files.open_images(
         config, state and state["images"]["skipped"]
@@ -803,6 +805,8 @@ def main() -> None:
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
 
     def save() -> None:
+        # What a GPU has counted but not yet told; the copies of the state wait for it too.
+        refuse_trouble(run, run.totals["trouble"].tolist())
         saver.save({**run.state(), **identity})
 
     def heed() -> None:
@@ -822,31 +826,33 @@ def main() -> None:
     requests.nothing_to_save = False
     short_of_memory = False
     last_copies_s = mirror.INTERRUPTED_S
-    try:
-        train_epochs(run, config, folder, train_set, val_set, save, heed)
-        report(run, config, folder, val_set, heed)
-        last_copies_s = mirror.FINISHED_S
-    except Interrupted:
-        save()
-        saver.wait()
-        interruption.tell_saved(requests)
-        log.info(
-            "interrupted in epoch %d, everything is saved after step %d: the same command goes on",
-            len(run.history) + 1, run.step,
-        )  # fmt: skip
-        sys.exit(EXIT_INTERRUPTED)
-    except UserError as error:
-        if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
+    with contextlib.ExitStack() as at_end:  # each is called, whatever the others raise
+        at_end.callback(lock.close)
+        at_end.callback(lambda: copies.finish(last_copies_s))
+        at_end.callback(saver.wait)
+        try:
+            train_epochs(run, config, folder, train_set, val_set, save, heed)
+            run.model.eval()
+            report(run, config, folder, val_set, heed)
+            last_copies_s = mirror.FINISHED_S
+        except Interrupted:
             save()
-        raise
-    except torch.OutOfMemoryError:
-        short_of_memory = True
-        if not run.model.training:  # in validation; a step broken off would be half done
-            save()
-    finally:
-        saver.wait()
-        copies.finish(last_copies_s)
-        lock.close()
+            saver.wait()
+            interruption.tell_saved(requests)
+            log.info(
+                "interrupted in epoch %d, everything is saved after step %d: the same command "
+                "goes on",
+                min(len(run.history) + 1, total_epochs(config)), run.step,
+            )  # fmt: skip
+            sys.exit(EXIT_INTERRUPTED)
+        except UserError as error:
+            if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
+                save()
+            raise
+        except torch.OutOfMemoryError:
+            short_of_memory = True
+            if not run.model.training:  # in validation; a step broken off would be half done
+                save()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
         setting = "batch_size" if run.model.training else "val_batch_size"
         raise UserError(advise_batch_size(run, config, setting))

@@ -337,11 +337,13 @@ def run_stage(main: Callable[[], None]) -> None:
 
 def _end(text: str, exit_code: int) -> None:
     line = f"error: {' '.join(text.split())}"
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk may hold this output too
+        print(line, file=sys.stderr, flush=True)
     for handler in log.handlers:  # the run's train.log, if it is open, tells the end too
         if isinstance(handler, logging.FileHandler):
-            handler.stream.write(line + "\n")
-            handler.flush()
+            with contextlib.suppress(OSError):
+                handler.stream.write(line + "\n")
+                handler.flush()
     sys.exit(exit_code)
 
 

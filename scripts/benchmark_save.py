@@ -62,6 +62,9 @@ def main() -> None:
     start_log(None)
     if min(options.saves, options.pairs) < 1 or options.interval_s <= 0:
         raise UserError("saves and pairs must be 1 or more, interval_s above 0")
+    for wanted in (options.folder, options.output and options.output.parent):
+        if wanted is not None:
+            wanted.mkdir(parents=True, exist_ok=True)
     batch_size = options.batch_size or (448 if torch.cuda.is_available() else 16)
     config = Config(batch_size=batch_size, train_px=options.px)
     check_config(config)

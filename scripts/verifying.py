@@ -40,7 +40,10 @@ IMAGENET_VAL = 50  # pictures in each class of val
 BLOCK = 50  # pictures a task, which Ctrl-C waits for
 NO_MEMORY = "takes more memory than there is"
 PERHAPS_DAMAGED = "perhaps damaged: libjpeg complains of it"
-CHANGED = "its bytes are not those that were last verified: bring back a copy"
+CHANGED = (
+    "its bytes are not those that were last verified: bring back a copy or, if it is meant to be "
+    f"so, remove {image_files.INDEX_NAME} above its class folder and verify again"
+)
 SHOWN = 5  # examples of what is noted, and classes at either end, on the screen
 
 

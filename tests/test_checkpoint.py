@@ -82,10 +82,16 @@ def test_background_saving_keeps_the_state_of_the_moment(tmp_path: Path) -> None
 
 
 def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> None:
-    saver = checkpoint.BackgroundSaver(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    saver = checkpoint.BackgroundSaver(tmp_path / "file")
     saver.save(make_state(1))
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OSError, match="File exists"):
         saver.save(make_state(2))
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "removed" / "checkpoints", make_state(1))
+    assert same(checkpoint.load_latest(path.parent), make_state(1))
 
 
 def test_settings_that_change_the_result_may_not_change() -> None:

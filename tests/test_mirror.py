@@ -588,6 +588,45 @@ def test_a_run_that_fell_back_replaces_what_it_copied_itself(folder: Path, tmp_p
     assert names == []
 
 
+def test_the_only_good_copy_of_a_checkpoint_is_kept(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    copies = mirror.start(place.url, folder)
+    save(folder, 5)
+    later = save(folder, 9)
+    copies.copy()
+    wait_for(lambda: copies._answered == 1)
+    good = later.read_bytes()
+    later.write_bytes(b"damaged on this disk")
+    assert copies.finish(10)
+    assert place.files()[f"checkpoints/{later.name}"] == good
+
+
+def test_what_a_killed_process_left_there_is_removed(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    leftover = (
+        tmp_path / "disk" / folder.name / "checkpoints" / ".epochs-000-step-00000002-x.pt.tmp"
+    )
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    save(folder, 5)
+    copies = mirror.start(place.url, folder)
+    assert copies.finish(10)
+    assert not leftover.exists()
+    assert_complete(place, folder)
+
+
+def test_an_hour_is_for_a_slow_mirror_not_for_one_that_fails(
+    folder: Path, bucket: Bucket, proxy: Proxy, caplog: Any
+) -> None:
+    copies = mirror.start(bucket.url, folder)
+    save(folder, 1)
+    begin("down", proxy)
+    started = time.monotonic()
+    assert not copies.finish(mirror.COMPLETED_S)
+    assert time.monotonic() - started < 30
+    assert said(caplog, "is not complete") == 1
+
+
 @pytest.mark.parametrize(("fault", "words"), FAULTS)
 def test_an_unreachable_mirror_stops_a_run_at_its_beginning_only(
     fault: object,

@@ -61,7 +61,8 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     content = encode(state)
     digest = hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
     path = folder / f"epochs-{len(state['history']):03d}-step-{state['step']:08d}-{digest}.pt"
-    folder.mkdir(parents=True, exist_ok=True)  # if somebody removed it, the state is still here
+    if not folder.exists():  # somebody removed it: the state is still here
+        folder.mkdir(parents=True)
     if shutil.disk_usage(folder).free < len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     write_atomically(path, content)

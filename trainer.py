@@ -416,6 +416,7 @@ def finish_epoch(
     run.epoch_s = 0.0
     for total in run.totals.values():
         total.zero_()
+    run.totals["trouble"][1] = trouble[1]  # a row of skipped steps may go on in the next epoch
     log.info(
         "epoch %d/%d  train loss %.4f top-1 %.2f %% top-5 %.2f %%  val loss %.4f top-1 %.2f %% "
         "top-5 %.2f %%  lr %.7f  %.0f s + %.0f s  %.0f img/s%s%s",

@@ -127,6 +127,20 @@ def test_steps_skipped_one_after_another_end_the_run(settings: Settings) -> None
     assert torch.equal(run.model.model.fc.weight, before)  # as a skipped step leaves it
 
 
+def test_a_row_of_skipped_steps_is_counted_beyond_an_epoch(settings: Settings) -> None:
+    fault = """
+new_run = trainer.new_run
+def scaled(*arguments):
+    run = new_run(*arguments)
+    run.scaler = torch.amp.GradScaler("cpu")
+    run.model.model.fc.weight.register_hook(lambda gradient: gradient * float("nan"))
+    return run
+trainer.new_run = scaled
+"""
+    line = error_line(train_with(fault, {**settings, "epochs": 20}), 1)  # of three steps each
+    assert "skipped 10 steps in a row by step 10, in epoch 4" in line
+
+
 def test_weights_that_are_not_numbers_are_never_saved(tmp_path: Path) -> None:
     good = {"step": 1, "history": [], "model": {"weight": torch.ones(5), "count": torch.tensor(3)}}
     path = checkpoint.save(tmp_path, good)

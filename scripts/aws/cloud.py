@@ -1,0 +1,567 @@
+"""From an empty AWS account to a running training, and back to an empty account.
+
+    python3 scripts/aws/cloud.py prices      what the instance types cost now, zone by zone
+    python3 scripts/aws/cloud.py prepare     download and pack the data; leaves a snapshot
+    python3 scripts/aws/cloud.py launch      rent the GPU and start the trainer
+    python3 scripts/aws/cloud.py watch       state, progress, price so far; --follow, --nvitop
+    python3 scripts/aws/cloud.py fetch       the run's folder to this computer
+    python3 scripts/aws/cloud.py stop        save and stop; launch goes on
+    python3 scripts/aws/cloud.py tear-down   delete all that these commands made
+
+Needs the AWS CLI, version 2 or 1, with credentials (`aws configure`), and ssh. Settings stand in
+aws.env; see settings.py. Each command may be given again: what is done is not done again, what was
+broken off is gone on with. `--dry-run` prints each call that would change something, and changes
+nothing; `--yes` asks nothing. All that is made bears the tag resnet50-project, and is found by it.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from cli import Aws
+from machine import FOLDER, Machine
+from resources import (
+    DATA_TAG,
+    PROJECT_TAG,
+    ROLE_TAG,
+    attach,
+    ensure_profile,
+    ensure_volume,
+    find_instances,
+    find_profiles,
+    find_snapshots,
+    find_spot_requests,
+    find_volumes,
+    instance_state,
+    only,
+    placement_scores,
+    project_filter,
+    run_instance,
+    spot_prices,
+    tag_of,
+    tags,
+    wait_until,
+    zones_with,
+)
+from settings import REPOSITORY, Settings, load_settings
+
+from utils import UserError, parse_options, run_stage
+
+RUNS_DEVICE, DATA_DEVICE = "/dev/sdg", "/dev/sdf"  # names that EC2 wants; Linux has others
+LOGIN_S = 900.0  # how long a machine may take until it lets us log in
+SNAPSHOT_POLL_S = 15.0
+# US dollars in us-east-1 in November 2026, to say what is about to be spent.
+PREPARE_USD_H = 0.18  # a c7i.xlarge on demand
+GP3_GB_MONTH_USD, SNAPSHOT_GB_MONTH_USD, FILLING_GB_USD = 0.08, 0.05, 0.0036
+MONTH_H = 730
+GPU_TYPES = ("g5.xlarge", "g5.2xlarge", "g5.4xlarge", "g5.8xlarge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all commands have."""
+
+    dry_run: bool = False
+    """print each call that would change something, and change nothing"""
+    yes: bool = False
+    """do not ask"""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(default_factory=load_settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices(Options):
+    """what the instance types cost now, zone by zone"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare(Options):
+    """download and pack the data on a small instance; leaves a snapshot, and nothing else"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch(Options):
+    """rent the GPU and start the trainer, which from then on starts with the machine"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch(Options):
+    """state, progress and price so far"""
+
+    follow: bool = False
+    """stay, and show the log as it grows"""
+    nvitop: bool = False
+    """show what the GPU does"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetch(Options):
+    """copy the runs' folders to this computer"""
+
+    to: Path = REPOSITORY / "runs"
+    """folder for the runs"""
+    checkpoints: bool = False
+    """fetch the checkpoints too, to go on here"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop(Options):
+    """save and stop the training instance; its disks are kept, and launch goes on"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TearDown(Options):
+    """delete all that bears the project's tag, after showing the list"""
+
+    keep_snapshot: bool = False
+    """keep the snapshot with the data, for the next training"""
+    keep_runs: bool = False
+    """keep the volume with checkpoints and results"""
+
+
+Command = Prices | Prepare | Launch | Watch | Fetch | Stop | TearDown
+
+
+@dataclasses.dataclass(frozen=True)
+class CloudOptions:
+    """Which command."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[Prices, tyro.conf.subcommand("prices")]
+            | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+            | Annotated[Launch, tyro.conf.subcommand("launch")]
+            | Annotated[Watch, tyro.conf.subcommand("watch")]
+            | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+            | Annotated[Stop, tyro.conf.subcommand("stop")]
+            | Annotated[TearDown, tyro.conf.subcommand("tear-down")]
+        ]
+    ]
+
+
+# ------------------------------------------------------------------------------ helpers
+
+
+def confirm(options: Options, text: str) -> None:
+    """Say what is about to be spent or deleted, and ask; raises UserError for no."""
+    print(text, flush=True)
+    if options.yes or options.dry_run:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("nobody is there to ask: give --yes")
+    if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was done")
+
+
+def log_in(aws: Aws, settings: Settings, instance_id: str) -> Machine:
+    """The instance once it runs and lets us log in."""
+    wait_until(aws, "instance-running", "--instance-ids", instance_id)
+    address = (
+        "<address>" if aws.dry_run else instance_state(aws, instance_id).get("PublicIpAddress", "")
+    )
+    machine = Machine(settings, instance_id, address, aws.dry_run)
+    machine.wait(LOGIN_S)
+    return machine
+
+
+def kaggle_credentials() -> tuple[str, bytes]:
+    """Name and content of a file for ~/.kaggle; raises UserError where there is none."""
+    if token := os.environ.get("KAGGLE_API_TOKEN"):
+        return "access_token", token.encode()
+    name, key = os.environ.get("KAGGLE_USERNAME"), os.environ.get("KAGGLE_KEY")
+    if name and key:
+        return "kaggle.json", json.dumps({"username": name, "key": key}).encode()
+    for file in ("access_token", "kaggle.json"):
+        path = Path.home() / ".kaggle" / file
+        if path.exists():
+            return file, path.read_bytes()
+    raise UserError(
+        "no Kaggle credentials: make a token on https://www.kaggle.com/settings, and put it into "
+        "~/.kaggle/access_token; accept the rules on https://www.kaggle.com/competitions/"
+        "imagenet-object-localization-challenge/rules"
+    )
+
+
+def terminate(aws: Aws, instances: list[dict[str, Any]]) -> None:
+    """Terminate instances and wait until they are gone."""
+    ids = [instance["InstanceId"] for instance in instances]
+    if ids:
+        aws.change("ec2", "terminate-instances", "--instance-ids", *ids)
+        wait_until(aws, "instance-terminated", "--instance-ids", *ids)
+
+
+def describe(instance: dict[str, Any]) -> str:
+    """An instance in a few words."""
+    zone = instance["Placement"]["AvailabilityZone"]
+    market = instance.get("InstanceLifecycle", "on demand")
+    return f"{instance['InstanceId']}, {instance['InstanceType']}, {market}, {zone}"
+
+
+# ------------------------------------------------------------------------------ the commands
+
+
+def prices(options: Prices, aws: Aws) -> None:
+    """Print the spot price of each GPU instance type in each zone, and the odds to get it."""
+    settings = options.settings
+    types = sorted(
+        {*GPU_TYPES, settings.instance_type}, key=[*GPU_TYPES, settings.instance_type].index
+    )
+    found = spot_prices(aws, types)
+    zones = sorted({zone for _, zone in found})
+    if not zones:
+        raise UserError("this region has no such instances: set another region in aws.env")
+    scores = placement_scores(aws, settings.instance_type)
+    print("spot prices in US dollars an hour; score: how likely EC2 holds it, 1 to 10, that a spot")
+    print(f"request for a {settings.instance_type} succeeds there")
+    print("zone".ljust(16) + "".join(kind.rjust(14) for kind in types) + "  score")
+    for zone in zones:
+        row = [f"{found[kind, zone]:.4f}" if (kind, zone) in found else "-" for kind in types]
+        print(
+            zone.ljust(16) + "".join(cell.rjust(14) for cell in row) + f"{scores.get(zone, '-'):>7}"
+        )
+
+
+def prepare(options: Prepare, aws: Aws) -> None:
+    """Leave a snapshot of a volume with the packed data, whatever is there of it already."""
+    settings = options.settings
+    instance = only(find_instances(aws, settings, "prepare"), "preparing instances")
+    volume = only(find_volumes(aws, settings, "data"), "data volumes")
+    snapshot = next(iter(find_snapshots(aws, settings, settings.data_set)), None)
+    if snapshot is not None and snapshot["State"] == "error":
+        aws.change("ec2", "delete-snapshot", "--snapshot-id", snapshot["SnapshotId"])
+        snapshot = None
+    if snapshot is None:
+        credentials = kaggle_credentials() if settings.data_set != "imagenette" else None
+        if instance is None:
+            disks_usd = (settings.archive_gb + settings.data_gb) * GP3_GB_MONTH_USD / MONTH_H
+            kept_usd = settings.data_gb * SNAPSHOT_GB_MONTH_USD
+            confirm(
+                options,
+                f"downloads {settings.data_set} and packs it, which takes some hours for ImageNet, "
+                f"on a {settings.prepare_type}: a c7i.xlarge is about ${PREPARE_USD_H} an hour on "
+                f"demand, its disks ${disks_usd:.2f}. What stays is a snapshot, at most "
+                f"${kept_usd:.2f} a month",
+            )
+            zones = zones_with(aws, settings, settings.prepare_type)
+            if volume is not None:
+                zones = [volume["AvailabilityZone"]]
+            instance = run_instance(
+                aws, settings, "prepare", settings.prepare_type, zones,
+                settings.cpu_ami, settings.archive_gb, [], [],
+            )  # fmt: skip
+        instance_id = instance["InstanceId"]
+        if instance["State"]["Name"] in ("stopping", "stopped"):
+            wait_until(aws, "instance-stopped", "--instance-ids", instance_id)
+            aws.change("ec2", "start-instances", "--instance-ids", instance_id)
+        wait_until(aws, "instance-running", "--instance-ids", instance_id)
+        volume = ensure_volume(
+            aws, settings, "data", instance["Placement"]["AvailabilityZone"], settings.data_gb,
+            ["--throughput", "250"],
+        )  # fmt: skip
+        attach(aws, volume, instance_id, DATA_DEVICE)
+        machine = log_in(aws, settings, instance_id)
+        machine.push_code()
+        if credentials is not None:
+            name, content = credentials
+            machine.run(f"umask 077; mkdir -p ~/.kaggle; cat > ~/.kaggle/{name}", content)
+        machine.run_detached(
+            "prepare",
+            f"bash scripts/aws/instance/prepare.sh {volume['VolumeId']} {settings.data_set}",
+        )
+        snapshot = aws.change(
+            "ec2", "create-snapshot", "--volume-id", volume["VolumeId"],
+            "--description", f"{settings.data_set}, packed",
+            *tags(settings, "data", "snapshot", {DATA_TAG: settings.data_set}),
+            dry={"SnapshotId": "<snapshot>", "State": "completed"},
+        )  # fmt: skip
+    wait_for_snapshot(aws, snapshot)
+    terminate(aws, [instance] if instance else [])
+    if volume is not None:
+        aws.change("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
+    print(f"{settings.data_set} is prepared: snapshot {snapshot['SnapshotId']}")
+
+
+def wait_for_snapshot(aws: Aws, snapshot: dict[str, Any]) -> None:
+    """Until it is complete, which can take longer than the CLI's own wait; raises UserError."""
+    while snapshot["State"] == "pending":
+        print(f"snapshot {snapshot['SnapshotId']}: {snapshot.get('Progress') or '0%'}", flush=True)
+        time.sleep(SNAPSHOT_POLL_S)
+        snapshot = aws.read("ec2", "describe-snapshots", "--snapshot-ids", snapshot["SnapshotId"])[
+            "Snapshots"
+        ][0]
+    if snapshot["State"] == "error":
+        raise UserError(f"snapshot {snapshot['SnapshotId']} failed: the same command makes another")
+
+
+def launch(options: Launch, aws: Aws) -> None:
+    """Rent the GPU, unless that was done, and see to it that the trainer runs and will run."""
+    settings = options.settings
+    instance = only(find_instances(aws, settings, "train"), "training instances")
+    if instance is None:
+        instance = rent(options, aws)
+    elif not started_again(aws, instance):
+        return
+    instance_id = instance["InstanceId"]
+    wait_until(aws, "instance-running", "--instance-ids", instance_id)
+    zone = instance["Placement"]["AvailabilityZone"]
+    runs = ensure_volume(aws, settings, "runs", zone, settings.runs_gb, [])
+    attach(aws, runs, instance_id, RUNS_DEVICE)
+    machine = log_in(aws, settings, instance_id)
+    if machine.ask("systemctl is-active resnet50-trainer") in ("active", "activating"):
+        print("training runs: see it with watch")
+        return
+    machine.push_code()
+    machine.run(f"cat > {FOLDER}/aws-instance.env", instance_env(aws, settings, instance_id, runs))
+    machine.run_detached("bootstrap", "bash scripts/aws/instance/bootstrap.sh")
+    print("training runs, and goes on by itself after an interruption: see it with watch")
+
+
+def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
+    """Whether an instance that was there runs now; starts it where a user had stopped it."""
+    print(f"there is an instance already: {describe(instance)}, {instance['State']['Name']}")
+    if instance["State"]["Name"] in ("pending", "running"):
+        return True
+    request = instance.get("SpotInstanceRequestId")
+    if request:
+        (found,) = aws.read(
+            "ec2", "describe-spot-instance-requests", "--spot-instance-request-ids", request
+        )["SpotInstanceRequests"]  # fmt: skip
+        if found["State"] != "disabled":
+            print(
+                f"EC2 has taken it ({found['Status']['Code']}), and alone may start it again: it "
+                "does so, and training goes on, once there is capacity in this zone. To begin "
+                "elsewhere: tear-down --keep-snapshot, then launch"
+            )
+            return False
+    wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
+    aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
+    return True
+
+
+def rent(options: Launch, aws: Aws) -> dict[str, Any]:
+    """Rent the training instance where it is cheapest; raises UserError, AwsError."""
+    settings = options.settings
+    snapshot = next(iter(find_snapshots(aws, settings, settings.data_set)), None)
+    if snapshot is None or snapshot["State"] != "completed":
+        raise UserError(f"there is no snapshot with {settings.data_set}: run prepare first")
+    size_gb = max(settings.data_gb, snapshot["VolumeSize"])
+    zones = zones_with(aws, settings, settings.instance_type)
+    found = spot_prices(aws, [settings.instance_type])
+    zones.sort(key=lambda zone: found.get((settings.instance_type, zone), 1e9))
+    runs = only(find_volumes(aws, settings, "runs"), "volumes with runs")
+    if runs is not None:
+        home = runs["AvailabilityZone"]
+        if home not in zones:
+            raise UserError(
+                f"the volume with the runs lies in {home}, another zone: launch there, with "
+                f"zone={home}, or fetch the runs and delete it with tear-down --keep-snapshot"
+            )
+        zones = [home]
+    spot = settings.market == "spot"
+    price = found.get((settings.instance_type, zones[0])) if spot else None
+    disks_gb = size_gb + settings.runs_gb
+    filling_usd = size_gb * FILLING_GB_USD * bool(settings.initialization_rate)
+    rate = f"${price:.3f} an hour now" if price else "its price on demand"
+    confirm(
+        options,
+        f"rents a {settings.instance_type}, {settings.market}, in {zones[0]} at {rate}; "
+        f"{disks_gb} GB of disks "
+        f"beside its own cost ${disks_gb * GP3_GB_MONTH_USD:.2f} a month, running or stopped, and "
+        f"filling one of them ${filling_usd:.2f} once",
+    )
+    data = {
+        "SnapshotId": snapshot["SnapshotId"],
+        "VolumeSize": size_gb,
+        "VolumeType": "gp3",
+        "Throughput": settings.data_throughput,
+        "Iops": settings.data_iops,
+        "DeleteOnTermination": True,
+    }
+    if settings.initialization_rate:
+        data["VolumeInitializationRate"] = settings.initialization_rate
+    more = ensure_profile(aws, settings)
+    if spot:
+        # No maximum price: it only brings more interruptions. Persistent and stop: EC2 itself
+        # starts it again, in the same zone, with the same disks.
+        market = {"SpotInstanceType": "persistent", "InstanceInterruptionBehavior": "stop"}
+        more += [
+            "--instance-market-options",
+            json.dumps({"MarketType": "spot", "SpotOptions": market}),
+        ]
+    return run_instance(
+        aws, settings, "train", settings.instance_type, zones, settings.gpu_ami, 20, more,
+        [{"DeviceName": DATA_DEVICE, "Ebs": data}],
+    )  # fmt: skip
+
+
+def instance_env(aws: Aws, settings: Settings, instance_id: str, runs: dict[str, Any]) -> bytes:
+    """What the trainer's service is told, as lines NAME=value for systemd and for the shell."""
+    if aws.dry_run:
+        return b""
+    instance = instance_state(aws, instance_id)
+    disks = {disk["DeviceName"]: disk["Ebs"] for disk in instance["BlockDeviceMappings"]}
+    arguments = [settings.trainer_options]
+    zone = instance["Placement"]["AvailabilityZone"]
+    if settings.market == "spot":
+        price = spot_prices(aws, [instance["InstanceType"]]).get((instance["InstanceType"], zone))
+        arguments += [f"--price-per-hour {price}"] if price else []
+    arguments += [f"--mirror {settings.mirror}"] if settings.mirror else []
+    arguments += [f"--budget-usd {settings.budget_usd}"] if settings.budget_usd else []
+    values = {
+        "DATA_VOLUME": disks[DATA_DEVICE]["VolumeId"],
+        "RUNS_VOLUME": runs["VolumeId"],
+        "STORE": f"{settings.data_set}.store",
+        "TRAINER_USER": settings.ssh_user,
+        "TRAINER_OPTIONS": " ".join(arguments).strip(),
+        "WHEN_DONE": settings.when_done,
+        "AWS_DEFAULT_REGION": zone[:-1],
+    }
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items()).encode()
+
+
+def watch(options: Watch, aws: Aws) -> None:
+    """Say how the instance and the run are; --follow and --nvitop stay."""
+    settings = options.settings
+    instance = only(find_instances(aws, settings, "train"), "training instances")
+    if instance is None:
+        print("no training instance: launch makes one")
+        return
+    state = instance["State"]["Name"]
+    print(f"{describe(instance)}: {state}")
+    for request in find_spot_requests(aws, settings):
+        status = request["Status"]
+        print(f"spot request {request['State']}: {status['Code']}: {status.get('Message', '')}")
+    if state != "running":
+        return
+    kind, zone = instance["InstanceType"], instance["Placement"]["AvailabilityZone"]
+    if "InstanceLifecycle" in instance:
+        print(f"${spot_prices(aws, [kind]).get((kind, zone), 0):.4f} an hour now")
+    machine = log_in(aws, settings, instance["InstanceId"])
+    machine.run(f"bash {FOLDER}/scripts/aws/instance/status.sh", check=False)
+    if options.nvitop:
+        machine.show(f"{FOLDER}/.venv/bin/nvitop")
+    elif options.follow:
+        machine.show("tail -n 20 -F $(ls -t /mnt/runs/*/train.log | head -n 1)")
+
+
+def fetch(options: Fetch, aws: Aws) -> None:
+    """Copy the runs to this computer; a stopped instance is started for that, and stopped again."""
+    settings = options.settings
+    instance = only(find_instances(aws, settings, "train"), "training instances")
+    if instance is None:
+        raise UserError("no training instance, so no runs to fetch from it: launch makes one")
+    started = instance["State"]["Name"] in ("stopping", "stopped")
+    if started and not started_again(aws, instance):
+        raise UserError("the runs can be fetched once EC2 has started the instance again")
+    machine = log_in(aws, settings, instance["InstanceId"])
+    machine.pull("/mnt/runs", options.to, [] if options.checkpoints else ["checkpoints"])
+    if started:
+        aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
+
+
+def stop(options: Stop, aws: Aws) -> None:
+    """Stop the training instance, which saves first; a persistent spot request then rests."""
+    instance = only(find_instances(aws, options.settings, "train"), "training instances")
+    if instance is None or instance["State"]["Name"] in ("stopping", "stopped"):
+        print("no training instance runs")
+        return
+    aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
+    wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
+    print("stopped, with everything saved; its disks stay, and launch goes on")
+
+
+def tear_down(options: TearDown, aws: Aws) -> None:
+    """Delete what bears the project's tag: requests first, or they would bring a new instance."""
+    settings = options.settings
+    instances = find_instances(aws, settings)
+    requests = find_spot_requests(aws, settings)
+    volumes = [
+        volume
+        for volume in find_volumes(aws, settings)
+        if not (options.keep_runs and tag_of(volume, ROLE_TAG) == "runs")
+    ]
+    snapshots = [] if options.keep_snapshot else find_snapshots(aws, settings)
+    groups = aws.read("ec2", "describe-security-groups", *project_filter(settings))[
+        "SecurityGroups"
+    ]
+    keys = aws.read("ec2", "describe-key-pairs", *project_filter(settings))["KeyPairs"]
+    profiles, roles = find_profiles(aws, settings)
+    lines = [
+        *(f"instance {describe(one)}, {one['State']['Name']}" for one in instances),
+        *(f"spot request {one['SpotInstanceRequestId']}, {one['State']}" for one in requests),
+        *(
+            f"volume {one['VolumeId']}, {tag_of(one, ROLE_TAG)}, {one['Size']} GB"
+            for one in volumes
+        ),
+        *(
+            f"snapshot {one['SnapshotId']}, {tag_of(one, DATA_TAG)}, {one['VolumeSize']} GB"
+            for one in snapshots
+        ),
+        *(f"security group {one['GroupId']}" for one in groups),
+        *(f"key pair {one['KeyName']}" for one in keys),
+        *(f"instance profile {name}" for name in profiles),
+        *(f"role {name}" for name in roles),
+    ]
+    if not lines:
+        print(f"nothing bears the tag {PROJECT_TAG}={settings.project}")
+        return
+    warning = " The runs' checkpoints and results go too." * any(
+        tag_of(one, ROLE_TAG) == "runs" for one in volumes
+    )
+    confirm(options, "deletes:\n  " + "\n  ".join(lines) + f"\n{len(lines)} in all.{warning}")
+    if requests:
+        ids = [one["SpotInstanceRequestId"] for one in requests]
+        aws.change("ec2", "cancel-spot-instance-requests", "--spot-instance-request-ids", *ids)
+    terminate(aws, instances)
+    # Those that were made for an instance are gone with it.
+    left = {v["VolumeId"] for v in (volumes if aws.dry_run else find_volumes(aws, settings))}
+    for volume in volumes:
+        if volume["VolumeId"] in left:
+            aws.change("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
+    for snapshot in snapshots:
+        aws.change("ec2", "delete-snapshot", "--snapshot-id", snapshot["SnapshotId"])
+    for group in groups:
+        aws.change("ec2", "delete-security-group", "--group-id", group["GroupId"])
+    for key in keys:
+        aws.change("ec2", "delete-key-pair", "--key-name", key["KeyName"])
+    for name, its_roles in profiles.items():
+        for role in its_roles:
+            aws.change(
+                "iam",
+                "remove-role-from-instance-profile",
+                "--instance-profile-name",
+                name,
+                "--role-name",
+                role,
+            )
+        aws.change("iam", "delete-instance-profile", "--instance-profile-name", name)
+    for name in roles:
+        policies = aws.read("iam", "list-role-policies", "--role-name", name)["PolicyNames"]
+        for policy in policies:
+            aws.change("iam", "delete-role-policy", "--role-name", name, "--policy-name", policy)
+        aws.change("iam", "delete-role", "--role-name", name)
+    print("all gone" if not (options.keep_runs or options.keep_snapshot) else "all else is gone")
+
+
+COMMANDS = {
+    Prices: prices, Prepare: prepare, Launch: launch, Watch: watch,
+    Fetch: fetch, Stop: stop, TearDown: tear_down,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run one command."""
+    options = parse_options(CloudOptions, __doc__).command
+    COMMANDS[type(options)](options, Aws(options.settings.region, options.dry_run))
+
+
+if __name__ == "__main__":
+    run_stage(main)

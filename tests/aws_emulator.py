@@ -22,7 +22,9 @@ quotas (asked for, not applied), the machines themselves, the two minutes of an 
 
 import contextlib
 import dataclasses
+import io
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -54,6 +56,11 @@ ERROR_STATUS = {
     "InternalError": 500,
     "Unavailable": 503,
     "SlowDown": 503,
+}
+DRY_RUN = {
+    "code": "DryRunOperation",
+    "message": "Request would have succeeded, but DryRun flag is set.",
+    "status": "412",
 }
 WAITER_DELAY_S = 0.1  # the CLI's own is 15
 
@@ -135,7 +142,10 @@ class Emulator:
 
 @contextlib.contextmanager
 def start_emulator(folder: Path) -> Iterator[Emulator]:
-    """An emulator in a process of its own, whose log and the CLI's settings lie in `folder`."""
+    """An emulator in a process of its own, whose log and the CLI's settings lie in `folder`.
+
+    RuntimeError at the end, where a call has met a bug of the emulator's or what moto lacks.
+    """
     log = folder / "aws_calls.jsonl"
     log.touch()
     waiters = write_quick_waiters(folder / "aws_data")
@@ -152,13 +162,17 @@ def start_emulator(folder: Path) -> Iterator[Emulator]:
         "AWS_DATA_PATH": str(waiters),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    with subprocess.Popen(
-        [sys.executable, __file__, "0", str(log)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+    errors = folder / "aws_errors.log"
+    with (
+        open(errors, "w") as trouble,
+        subprocess.Popen(
+            [sys.executable, __file__, "0", str(log)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=trouble,
+            text=True,
+        ) as process,
+    ):
         try:
             assert process.stdout
             port = int(process.stdout.readline())
@@ -166,6 +180,8 @@ def start_emulator(folder: Path) -> Iterator[Emulator]:
             yield Emulator(port, log, environment, process)
         finally:
             process.terminate()
+    if "Traceback" in errors.read_text():
+        raise RuntimeError(f"the emulator itself failed:\n{errors.read_text()}")
 
 
 def write_quick_waiters(folder: Path) -> Path:
@@ -199,6 +215,7 @@ def main() -> None:
     )
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it writes a line a request
     mended_moto.mend()
     moto = DomainDispatcherApplication(create_backend_app)
     with open(log, "a", buffering=1) as lines:
@@ -244,6 +261,11 @@ class Front:
         else:
             parts = list(self.moto(environ, keep))
         call["status"] = int(answer["status"].split()[0])
+        if call["params"].get("DryRun") == "true" and call["status"] == 200:
+            # moto's describe calls know no DryRun.
+            status, kind, body = error_of("ec2", DRY_RUN)
+            answer.update(status=status, headers=[("Content-Type", kind)])
+            parts, call["status"] = [body.encode()], 412
         if fault:
             call["code"] = fault["code"]
         elif call["status"] >= 400:
@@ -328,12 +350,9 @@ def read_call(environ: dict[str, Any]) -> dict[str, Any]:
     scope = environ.get("HTTP_AUTHORIZATION", "").partition("Credential=")[2].split(",")[0]
     if scope.count("/") == 4:
         call["service"] = scope.split("/")[3]
-        call["key"] = scope.split("/")[0]
     if call["service"] == "s3":
         call.update(read_s3_call(environ))
         return call
-    import io
-
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     environ["wsgi.input"] = io.BytesIO(body)
     target = environ.get("HTTP_X_AMZ_TARGET", "")

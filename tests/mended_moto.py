@@ -13,13 +13,8 @@ import random
 import time
 from typing import Any
 
-# Read by moto when it is imported: unknown images, key pairs and types are refused, as on AWS.
-os.environ.update(
-    MOTO_ENABLE_AMI_VALIDATION="true",
-    MOTO_ENABLE_KEYPAIR_VALIDATION="true",
-    MOTO_EC2_ENABLE_INSTANCE_TYPE_VALIDATION="true",
-    MOTO_EC2_LOAD_DEFAULT_AMIS="false",  # hundreds; those of `IMAGES` do
-)
+# Read by moto when it is imported. It has hundreds of images; those of `IMAGES` do.
+os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
 
 from moto.core.responses import ActionResult
 from moto.ec2 import utils as ec2_utils
@@ -168,6 +163,8 @@ def zone_of(self: Any, placement: str | None, subnet_id: str | None, nics: list)
 
 def check_offered(self: Any, instance_type: str, zone: str | None) -> None:
     """A type that the zone does not have is refused by name of the zones that have it."""
+    if instance_type not in instance_types.INSTANCE_TYPES:
+        refuse("InvalidParameterValue", f"Invalid value '{instance_type}' for InstanceType.")
     offered = sorted(
         offering["Location"]
         for offering in instance_types.INSTANCE_TYPE_OFFERINGS["availability-zone"][
@@ -196,6 +193,9 @@ def run_instances(
         return settings.launches[token]
     if image_id not in self.amis:
         refuse("InvalidAMIID.NotFound", f"The image id '[{image_id}]' does not exist")
+    key_name = options.get("key_name")
+    if key_name and key_name not in self.key_pairs:
+        refuse("InvalidKeyPair.NotFound", f"The key pair '{key_name}' does not exist")
     nics = options.get("nics") or []
     zone = zone_of(self, options.get("placement"), options.get("subnet_id"), nics)
     check_offered(self, options["instance_type"], zone)
@@ -848,12 +848,11 @@ def delete_security_group_in(self: Any, vpc_id: str | None, group_id: str) -> No
         for instance in self.all_instances()
     )
     named = any(
-        source.get("GroupId") == group_id
+        (rule.source_group or {}).get("GroupId") == group_id
         for groups in self.groups.values()
         for other in groups.values()
-        if other.id != group_id
+        if other is not group
         for rule in [*other.ingress_rules, *other.egress_rules]
-        for source in rule.source_groups
     )
     if used or named:
         refuse("DependencyViolation", f"resource {group_id} has a dependent object")

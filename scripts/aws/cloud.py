@@ -286,7 +286,8 @@ def prepare(options: Prepare, aws: Aws) -> None:
     terminate(aws, [instance] if instance else [])
     if volume is not None:
         aws.change("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
-    print(f"{settings.data_set} is prepared: snapshot {snapshot['SnapshotId']}")
+    if not aws.dry_run:
+        print(f"{settings.data_set} is prepared: snapshot {snapshot['SnapshotId']}")
 
 
 def wait_for_snapshot(aws: Aws, snapshot: dict[str, Any]) -> None:
@@ -321,7 +322,8 @@ def launch(options: Launch, aws: Aws) -> None:
     machine.push_code()
     machine.run(f"cat > {FOLDER}/aws-instance.env", instance_env(aws, settings, instance_id, runs))
     machine.run_detached("bootstrap", "bash scripts/aws/instance/bootstrap.sh")
-    print("training runs, and goes on by itself after an interruption: see it with watch")
+    if not aws.dry_run:
+        print("training runs, and goes on by itself after an interruption: see it with watch")
 
 
 def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
@@ -462,6 +464,8 @@ def fetch(options: Fetch, aws: Aws) -> None:
     if started and not started_again(aws, instance):
         raise UserError("the runs can be fetched once EC2 has started the instance again")
     machine = log_in(aws, settings, instance["InstanceId"])
+    # The trainer has found its run finished, and would stop the machine while files are copied.
+    machine.ask("sudo systemctl stop resnet50-poweroff.timer")
     machine.pull("/mnt/runs", options.to, [] if options.checkpoints else ["checkpoints"])
     if started:
         aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
@@ -475,7 +479,8 @@ def stop(options: Stop, aws: Aws) -> None:
         return
     aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
     wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
-    print("stopped, with everything saved; its disks stay, and launch goes on")
+    if not aws.dry_run:
+        print("stopped, with everything saved; its disks stay, and launch goes on")
 
 
 def tear_down(options: TearDown, aws: Aws) -> None:
@@ -548,7 +553,8 @@ def tear_down(options: TearDown, aws: Aws) -> None:
         for policy in policies:
             aws.change("iam", "delete-role-policy", "--role-name", name, "--policy-name", policy)
         aws.change("iam", "delete-role", "--role-name", name)
-    print("all gone" if not (options.keep_runs or options.keep_snapshot) else "all else is gone")
+    if not aws.dry_run:
+        print("all else is gone" if options.keep_runs or options.keep_snapshot else "all gone")
 
 
 COMMANDS = {
@@ -561,6 +567,8 @@ def main() -> None:
     """Run one command."""
     options = parse_options(CloudOptions, __doc__).command
     COMMANDS[type(options)](options, Aws(options.settings.region, options.dry_run))
+    if options.dry_run:
+        print("dry run: nothing was changed")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ set -a
 . ./aws-instance.env
 set +a
 sudo --preserve-env bash scripts/aws/instance/start.sh
-.venv/bin/python -m pip install --quiet --disable-pip-version-check nvitop
 echo "looking whether this machine can do the job ..."
 bash scripts/aws/instance/train.sh --dry-run
 sed -e "s|@USER@|$(id -un)|" -e "s|@FOLDER@|$PWD|" \

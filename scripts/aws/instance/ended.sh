@@ -7,4 +7,6 @@ exited/75) exit 0 ;; # interrupted with everything saved
 exited/*) ;;         # finished, failed, or out of budget
 *) exit 0 ;;         # killed, or stopped before it began
 esac
-if [ "$WHEN_DONE" = stop ]; then shutdown -h +10; fi
+if [ "$WHEN_DONE" = stop ]; then
+    systemd-run --quiet --on-active=10min --unit=resnet50-poweroff systemctl poweroff
+fi

@@ -67,7 +67,7 @@ class Machines:
     """Machines for what runs in an emulator; a thread follows it."""
 
     def __init__(self, emulator: Emulator, folder: Path, key: Path, data: Path) -> None:
-        """`key`: a private key with its .pub beside it; `data`: what has been downloaded already."""
+        """`key`: a private key, with its .pub beside it; `data`: what was downloaded before."""
         self.emulator, self.folder, self.key, self.data = emulator, folder, key, data
         self.ec2 = boto3.client(
             "ec2",
@@ -155,7 +155,9 @@ class Machines:
             return
         original = self.folder / "disks" / (source or "")
         if source and original.is_file():
-            subprocess.run(["cp", "--sparse=always", original, path.with_suffix(".new")], check=True)
+            subprocess.run(
+                ["cp", "--sparse=always", original, path.with_suffix(".new")], check=True
+            )
             path.with_suffix(".new").rename(path)
         else:
             path.touch()
@@ -190,21 +192,30 @@ class Machines:
         if not (here / "units").exists():
             self._install(here)
         (here / "notice").unlink(missing_ok=True)
-        command = "unshare --pid --fork --kill-child --mount --mount-proc --cgroup --uts --ipc --net"
+        command = (
+            "unshare --pid --fork --kill-child --mount --mount-proc --cgroup --uts --ipc --net"
+        )
         with open(here / "console.log", "a") as console:
             self.running[instance_id] = subprocess.Popen(
                 [*command.split(), "bash", "-c", BOOT],
                 env={**os.environ, "MACHINE": str(here)},
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True,
             )  # fmt: skip
-        children = Path(f"/proc/{self.running[instance_id].pid}/task/{self.running[instance_id].pid}/children")
+        children = Path(
+            f"/proc/{self.running[instance_id].pid}/task/{self.running[instance_id].pid}/children"
+        )
         while not children.read_text().strip():
             time.sleep(0.01)
         (here / "pid").write_text(children.read_text().strip())
 
     def _install(self, here: Path) -> None:
         home, units, bin_folder = here / "home", here / "units", here / "bin"
-        for folder in (home / ".ssh", home / "resnet50", units / "multi-user.target.wants", bin_folder):
+        for folder in (
+            home / ".ssh",
+            home / "resnet50",
+            units / "multi-user.target.wants",
+            bin_folder,
+        ):
             folder.mkdir(parents=True)
         (home / ".ssh" / "authorized_keys").write_text(self.key.with_suffix(".pub").read_text())
         # What setup.sh would install from the network.
@@ -232,7 +243,9 @@ class Machines:
                 for user in users
             )
         )
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", here / "host_key"], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", here / "host_key"], check=True
+        )
         environment = " ".join(
             f"{name}={value}"
             for name, value in {
@@ -255,12 +268,25 @@ class Machines:
             process.kill()
             process.wait()
             pid = (self.folder_of(instance_id) / "pid").read_text()
-            while Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text():
+            while (
+                Path(f"/proc/{pid}").exists()
+                and "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+            ):
                 time.sleep(0.01)
 
     def _enter(self, instance_id: str) -> list[str]:
         pid = (self.folder_of(instance_id) / "pid").read_text()
-        return ["nsenter", "--target", pid, "--mount", "--pid", "--net", "--cgroup", "--uts", "--ipc"]
+        return [
+            "nsenter",
+            "--target",
+            pid,
+            "--mount",
+            "--pid",
+            "--net",
+            "--cgroup",
+            "--uts",
+            "--ipc",
+        ]
 
     def _write_ssh_config(self) -> Path:
         """ssh's way into a machine: an sshd of its own for each connection, on its input."""
@@ -268,8 +294,8 @@ class Machines:
         here = f"{self.folder}/addresses"
         script.write_text(
             f'#!/bin/bash\nmachine=$(readlink -e "{here}/$1") || exit 1\n'
-            'exec nsenter --target "$(cat "$machine/pid")" --mount --pid --net --cgroup --uts --ipc '
-            '/usr/sbin/sshd -i -f "$machine/sshd_config"\n'
+            'exec nsenter --target "$(cat "$machine/pid")" --mount --pid --net --cgroup '
+            '--uts --ipc /usr/sbin/sshd -i -f "$machine/sshd_config"\n'
         )
         script.chmod(0o755)
         config = self.folder / "ssh_config"

@@ -20,6 +20,8 @@ from aws_machine import Machines
 from conftest import REPOSITORY, make_images
 from test_trainer import as_options, outcome, train
 
+from utils import UserError
+
 TRAINING = {
     "recipe": "quickstart",
     "name": "run",
@@ -272,3 +274,352 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     assert until_it_ends(environment, "launch", killing) == 1
     assert until_it_ends(environment, "tear-down", killing) == 6
     assert account(emulator) == {}
+
+
+def test_a_dry_run_changes_nothing(machines: Machines) -> None:
+    emulator, environment = machines.emulator, machines.environment
+    commands = ("prices", "prepare", "launch", "watch", "fetch", "stop", "tear-down")
+
+    def dry_runs() -> list[str]:
+        emulator.clear()
+        before = account(emulator)
+        said = [cloud(environment, command, "--dry-run").stdout for command in commands]
+        assert changes(emulator) == [] and account(emulator) == before
+        return said
+
+    said = dry_runs()
+    shown = [line.split()[3] for line in said[1].splitlines() if line.startswith("$ aws ec2 ")]
+    assert shown == [
+        "create-security-group",
+        "authorize-security-group-ingress",
+        "import-key-pair",
+        "run-instances",
+        "create-volume",
+        "attach-volume",
+        "create-snapshot",
+        "terminate-instances",
+        "delete-volume",
+    ]
+    assert all(one.endswith("dry run: nothing was changed\n") for one in (said[0], said[1]))
+    # What it shows can be typed: with the ids that it cannot know, all of it is a command.
+    snapshot(emulator)
+    launched = dry_runs()[2]
+    assert re.findall(r"^\$ aws ec2 ([a-z-]+)", launched, re.M)[-3:] == [
+        "run-instances",
+        "create-volume",
+        "attach-volume",
+    ]
+    assert '"VolumeInitializationRate": 300' in launched
+    assert '"InstanceInterruptionBehavior": "stop"' in launched
+
+
+# ------------------------------------------------------------------------------ what goes wrong
+
+
+def snapshot(emulator: Emulator, data_set: str = "imagenette") -> None:
+    """What prepare leaves."""
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    ec2 = session.client("ec2", endpoint_url=emulator.environment["AWS_ENDPOINT_URL"])
+    volume = ec2.create_volume(AvailabilityZone="us-east-1b", Size=60)["VolumeId"]
+    tags = {"resnet50-project": "resnet50-imagenet", "resnet50-data": data_set}
+    made = ec2.create_snapshot(
+        VolumeId=volume,
+        TagSpecifications=[
+            {
+                "ResourceType": "snapshot",
+                "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+            }
+        ],
+    )
+    ec2.get_waiter("snapshot_completed").wait(
+        SnapshotIds=[made["SnapshotId"]], WaiterConfig={"Delay": 1}
+    )
+    ec2.delete_volume(VolumeId=volume)
+
+
+@pytest.fixture
+def environment(emulator: Emulator, key: Path) -> dict[str, str]:
+    """Of commands that do not come as far as a machine."""
+    return {
+        **emulator.environment,
+        "RESNET50_SSH_KEY": str(key),
+        "RESNET50_SSH_FROM": "203.0.113.7",
+        "RESNET50_DATA_SET": "imagenette",
+    }
+
+
+def refused(environment: dict[str, str], *arguments: str) -> str:
+    """The one line with which a command ends."""
+    done = cloud(environment, *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def test_what_is_missing_is_said_with_what_to_do(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    without = {k: v for k, v in environment.items() if not k.startswith("AWS_ACCESS")}
+    assert "no AWS credentials" in refused(without, "prices")
+    assert "aws configure" in refused(without, "prices")
+    nowhere = {
+        k: v for k, v in environment.items() if k not in ("AWS_REGION", "AWS_DEFAULT_REGION")
+    }
+    assert "set region in aws.env" in refused(nowhere, "prices")
+    unreachable = {**environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    assert "no network" in refused(unreachable, "launch", "--yes")
+    assert "run prepare first" in refused(environment, "launch", "--yes")
+    assert "no training instance" in refused(environment, "fetch")
+    assert cloud(environment, "watch").stdout == "no training instance: launch makes one\n"
+    assert cloud(environment, "stop").stdout == "no training instance runs\n"
+    assert "nobody is there to ask" in refused(environment, "prepare")
+    kaggle = {**environment, "RESNET50_DATA_SET": "imagenet", "HOME": str(tmp_path)}
+    assert "~/.kaggle/access_token" in refused(kaggle, "prepare", "--yes")
+    assert "the AWS CLI is not installed" in refused({**environment, "PATH": "/nowhere"}, "prices")
+    assert changes(emulator) == []
+
+
+def test_what_aws_refuses_is_said_with_what_to_do(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    for action, code, advice in [
+        ("RunInstances", "MaxSpotInstanceCountExceeded", "L-3819A6DF"),
+        ("RunInstances", "InsufficientInstanceCapacity", "another instance_type"),
+        ("RunInstances", "UnauthorizedOperation", "AmazonEC2FullAccess"),
+        ("DescribeInstances", "ExpiredToken", "aws sso login"),
+        ("DescribeInstances", "AuthFailure", "aws configure"),
+        ("CreateSecurityGroup", "VPCIdNotSpecified", "create-default-vpc"),
+        ("GetParameter", "ParameterNotFound", "gpu_ami"),
+    ]:
+        emulator.fail(action, code, "AWS's own words", times=0)
+        said = refused(environment, "launch", "--yes")
+        assert "AWS's own words" in said and code in said and advice in said
+        emulator.heal()
+    # Nothing is left behind that the next command would not find.
+    assert set(account(emulator)) == {"snapshots", "groups", "keys"}
+
+
+def test_a_zone_without_capacity_is_passed_over(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    zones = sorted(spot_zones(emulator))
+    cheapest = min(zones)[1]
+    emulator.fail("RunInstances", "InsufficientInstanceCapacity", times=0, zone=cheapest)
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", "too many")
+    assert "VolumeLimitExceeded" in refused(environment, "launch", "--yes")
+    asked = [call["params"] for call in emulator.calls("RunInstances")]
+    assert [zones[0][1], zones[1][1]] == [
+        next(zone for _, zone in zones if zone in json.dumps(params)) for params in asked
+    ]
+
+
+def spot_zones(emulator: Emulator) -> list[tuple[float, str]]:
+    """What a g5.xlarge costs in each zone."""
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    ec2 = session.client("ec2", endpoint_url=emulator.environment["AWS_ENDPOINT_URL"])
+    history = ec2.describe_spot_price_history(
+        InstanceTypes=["g5.xlarge"], ProductDescriptions=["Linux/UNIX"], StartTime=time.time()
+    )["SpotPriceHistory"]
+    return [(float(row["SpotPrice"]), row["AvailabilityZone"]) for row in history]
+
+
+def test_the_volume_with_the_runs_decides_on_the_zone(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    ec2 = session.client("ec2", endpoint_url=environment["AWS_ENDPOINT_URL"])
+    tags = {"resnet50-project": "resnet50-imagenet", "resnet50-role": "runs"}
+    dearest = max(spot_zones(emulator))[1]
+    ec2.create_volume(
+        AvailabilityZone=dearest,
+        Size=20,
+        TagSpecifications=[
+            {
+                "ResourceType": "volume",
+                "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+            }
+        ],
+    )
+    assert f"AvailabilityZone={dearest}" in cloud(environment, "launch", "--dry-run").stdout
+    other = min(spot_zones(emulator))[1]
+    said = refused(environment, "launch", "--dry-run", "--zone", other)
+    assert f"lies in {dearest}" in said and f"zone={dearest}" in said
+
+
+def test_a_role_for_the_mirror_is_made_and_torn_down(
+    emulator: Emulator, environment: dict[str, str], killing: Path
+) -> None:
+    snapshot(emulator)
+    mirrored = {**environment, "RESNET50_MIRROR": "s3://bucket/resnet50"}
+    assert "404" in refused(mirrored, "launch", "--yes")
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    session.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"]).create_bucket(
+        Bucket="bucket"
+    )
+    emulator.fail("RunInstances", "MaxSpotInstanceCountExceeded", times=0)
+    ends = []
+    while not ends or ends[-1] == -9:
+        ends.append(cloud(mirrored, "launch", "--yes", path=killing).returncode)
+        assert len(ends) < 20
+    assert ends.count(-9) >= 7  # role, policy, profile, role into profile, group, rule, key
+    assert account(emulator)["roles"] == account(emulator)["profiles"] == ["resnet50-imagenet"]
+    iam = session.client("iam", endpoint_url=environment["AWS_ENDPOINT_URL"])
+    policy = iam.get_role_policy(RoleName="resnet50-imagenet", PolicyName="mirror")
+    resources = [one["Resource"] for one in policy["PolicyDocument"]["Statement"]]
+    assert resources == ["arn:aws:s3:::bucket", "arn:aws:s3:::bucket/resnet50/*"]
+    until_it_ends(environment, "tear-down", killing)
+    assert account(emulator) == {}
+
+
+def test_another_address_takes_the_place_of_the_one_that_could_log_in(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.fail("RunInstances", "MaxSpotInstanceCountExceeded", times=0)
+    refused(environment, "launch", "--yes")
+    refused(environment, "launch", "--yes", "--ssh-from", "203.0.113.8")
+    assert account(emulator)["groups"] == ['[["203.0.113.8/32"]]']
+    wide = refused(environment, "launch", "--yes", "--ssh-from", "0.0.0.0/0")
+    assert "one address" in wide
+    assert account(emulator)["groups"] == ['[["203.0.113.8/32"]]']
+
+
+def test_tear_down_leaves_what_is_not_the_projects(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    ec2 = session.client("ec2", endpoint_url=environment["AWS_ENDPOINT_URL"])
+    other = ec2.create_volume(AvailabilityZone="us-east-1a", Size=7)["VolumeId"]
+    said = cloud(environment, "tear-down", "--yes", "--keep-snapshot").stdout
+    assert said == "nothing bears the tag resnet50-project=resnet50-imagenet\n"
+    said = cloud(environment, "tear-down", "--yes").stdout
+    assert "snapshot snap-" in said and other not in said
+    assert account(emulator) == {"volumes": ["7 GB, available"]}
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def test_settings_come_from_the_file_the_environment_and_the_command_line(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import settings
+
+    monkeypatch.setattr(settings, "FILE", tmp_path / "aws.env")
+    (tmp_path / "aws.env").write_text('# mine\nRUNS_GB=30\nBUDGET_USD=9.5\nMARKET="on-demand"\n')
+    monkeypatch.setenv("RESNET50_RUNS_GB", "40")
+    found = settings.load_settings()
+    assert (found.runs_gb, found.budget_usd, found.market) == (40, 9.5, "on-demand")
+    for line, complaint in [
+        ("RUNS_SIZE=3", "line 1: there is no setting runs_size; known are project, "),
+        ("just words", "line 1: 'just words' is not NAME=value"),
+        ("DATA_GB=many", "line 1: data_gb is 'many': it must be a number"),
+        ("MARKET=cheap", "line 1: market is 'cheap': choose spot or on-demand"),
+        ("DATA_IOPS=1", "data_iops is 1: it must be 3,000 to 16,000"),
+        ("MIRROR=/disk", "mirror is /disk: here it must be s3://bucket/prefix"),
+        ("TRAINER_OPTIONS=--name 'a b'", "trainer_options must do without quotes"),
+        ("PROJECT=a b", "project is 'a b'"),
+    ]:
+        (tmp_path / "aws.env").write_text(line)
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            settings.load_settings()
+
+
+# ------------------------------------------------------------------------------ on the instance
+
+MOUNT = """
+mount --make-rprivate /
+mkdir -p /dev/disk
+mount -t tmpfs tmpfs /dev/disk
+mkdir -p /dev/disk/by-id
+ln -s "$1" /dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0123
+bash scripts/aws/instance/mount.sh vol-0123 "$2" && ls "$2"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", ""),
+        ("mkdir {disk}.d; touch {disk}.d/mine; mkfs.ext4 -q -d {disk}.d {disk}", ""),
+        ("echo precious | dd of={disk} conv=notrunc status=none", "no file system: left as it is"),
+        ("echo ',,L' | sfdisk -q {disk}", "has no file system of its own"),
+        ("mkswap {disk} >/dev/null", "left as it is"),
+    ],
+    ids=["empty", "ext4", "bytes", "partitions", "swap"],
+)
+def test_only_an_empty_volume_gets_a_file_system(
+    content: str, complaint: str, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 20_000_000)
+    subprocess.run(content.format(disk=disk), shell=True, check=True)
+    before = disk.read_bytes()
+    made = subprocess.run(
+        ["losetup", "--find", "--show", disk], capture_output=True, text=True, check=True
+    )
+    loop = made.stdout.strip()
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "bash", "-c", MOUNT, "mount", loop, tmp_path / "folder"],
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
+    if complaint:
+        assert done.returncode == 2 and complaint in done.stderr
+        assert disk.read_bytes() == before
+    else:
+        assert done.returncode == 0, done.stderr
+        assert ("mine" in done.stdout) == bool(content)
+        assert "lost+found" in done.stdout
+
+
+def test_a_detached_command_goes_on_without_its_follower_and_is_not_started_twice(
+    tmp_path: Path,
+) -> None:
+    script = REPOSITORY / "scripts" / "aws" / "instance" / "detached.sh"
+    job = "echo began; while [ ! -e go ]; do sleep 0.1; done; echo ended; exit 7"
+    command = ["bash", script, "job", "bash", "-c", job]
+
+    def follow() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+    first = follow()
+    assert first.stdout and first.stdout.readline() == "began\n"
+    first.kill()
+    first.wait()
+    second = follow()
+    assert second.stdout and second.stdout.readline() == "began\n"
+    (tmp_path / "go").touch()
+    assert second.communicate(timeout=30)[0] == "ended\n"
+    assert (tmp_path / "job.status").read_text() == "7\n"
+    assert (tmp_path / "job.log").read_text() == "began\nended\n"
+
+
+# ------------------------------------------------------------------------------ what is public
+
+
+def test_no_id_or_key_of_aws_is_in_the_repository() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    secrets = re.compile(
+        r"\b(?:ami|vol|snap|sg|subnet|vpc|i|eni)-[0-9a-f]{8,17}\b|\bAKIA[A-Z0-9]{16}\b"
+        r"|\b(?:arn:aws:[a-z0-9-]*:[a-z0-9-]*:)\d{12}\b|BEGIN [A-Z ]*PRIVATE KEY"
+    )
+    names = [name for name in listed.stdout.split("\0") if name and "tests/" not in name]
+    assert len(names) > 50
+    for name in names:
+        text = (REPOSITORY / name).read_bytes().decode(errors="replace")
+        assert not secrets.search(text), name

@@ -336,7 +336,7 @@ def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
         (found,) = aws.read(
             "ec2", "describe-spot-instance-requests", "--spot-instance-request-ids", request
         )["SpotInstanceRequests"]  # fmt: skip
-        if found["State"] != "disabled":
+        if found["Status"]["Code"] != "instance-stopped-by-user":
             print(
                 f"EC2 has taken it ({found['Status']['Code']}), and alone may start it again: it "
                 "does so, and training goes on, once there is capacity in this zone. To begin "

@@ -22,7 +22,7 @@ if [ "$status" = 2 ] && ! cmp -s --bytes=1048576 "$device" /dev/zero; then
     exit 2
 elif [ "$status" = 2 ]; then
     mkfs.ext4 -q -m 0 "$device"
-elif [ "$status" != 0 ] || ! grep -q ^TYPE= <<<"$found"; then
+elif [ "$status" != 0 ] || ! grep -q ^USAGE=filesystem <<<"$found"; then
     echo "error: volume $volume has no file system of its own (${found//$'\n'/, }): left as it is" >&2
     exit 2
 fi

@@ -36,6 +36,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -222,7 +223,7 @@ def main() -> None:
         server = make_server(
             "127.0.0.1",
             port,
-            Front(moto, lines.write),
+            Front(moto, mended_moto, lines.write),
             threaded=True,
             request_handler=MotoRequestHandler,
         )
@@ -233,8 +234,9 @@ def main() -> None:
 class Front:
     """Stands before moto: writes the calls down, refuses what a test wants refused."""
 
-    def __init__(self, moto: Wsgi, write: Callable[[str], Any]) -> None:
+    def __init__(self, moto: Wsgi, mended: ModuleType, write: Callable[[str], Any]) -> None:
         self.moto = moto
+        self.mended = mended  # the module mended_moto, which the tests' own process need not import
         self.write = write
         self.faults: list[dict[str, Any]] = []
         self.lock = threading.Lock()  # moto's backends, and the mends, know no threads
@@ -259,8 +261,14 @@ class Front:
             answer.update(status=status, headers=[("Content-Type", kind)])
             parts = [body.encode()]
         else:
-            parts = list(self.moto(environ, keep))
+            try:
+                parts = list(self.moto(environ, keep))
+            except Exception:
+                self.write(json.dumps({**call, "status": 500, "code": "EmulatorFailed"}) + "\n")
+                raise
         call["status"] = int(answer["status"].split()[0])
+        if call["action"] in ("DescribeInstances", "DescribeInstanceStatus"):
+            self.mended.looked_at_instances()
         if call["params"].get("DryRun") == "true" and call["status"] == 200:
             # moto's describe calls know no DryRun.
             status, kind, body = error_of("ec2", DRY_RUN)
@@ -273,7 +281,6 @@ class Front:
         self.write(json.dumps(call) + "\n")
         if fault and fault["code"] == "drop":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            return []
         start_response(answer["status"], answer["headers"])
         return parts
 
@@ -281,7 +288,7 @@ class Front:
         for fault in self.faults:
             if fault["action"] not in ("*", call["action"]):
                 continue
-            if fault.get("zone") and fault["zone"] not in zones_of(call["params"]):
+            if fault.get("zone") and fault["zone"] not in self.zones_of(call["params"]):
                 continue
             if fault.get("match") and fault["match"] not in json.dumps(call["params"]):
                 continue
@@ -291,38 +298,45 @@ class Front:
             return fault
         return None
 
-    def answer_test(self, verb: str, environ: Any, start_response: Any) -> Any:
-        import mended_moto
+    def zones_of(self, params: dict[str, Any]) -> set[str]:
+        """The zones that a call of EC2's names, itself or by a subnet."""
+        zones = {value for key, value in params.items() if key.endswith("AvailabilityZone")}
+        for key, value in params.items():
+            if key.endswith("SubnetId"):
+                with contextlib.suppress(Exception):  # unknown: moto will say so
+                    zones.add(self.mended.backend().get_subnet(value).availability_zone)
+        return zones
 
+    def answer_test(self, verb: str, environ: Any, start_response: Any) -> Any:
         values = dict(urllib.parse.parse_qsl(environ.get("QUERY_STRING", "")))
         with self.lock:
             try:
-                answer = self.obey(verb, values, mended_moto)
+                answer = self.obey(verb, values)
                 status = "200 OK"
             except Exception as error:
                 answer, status = f"{type(error).__name__}: {error}", "400 Bad Request"
         start_response(status, [("Content-Type", "application/json")])
         return [json.dumps(answer).encode()]
 
-    def obey(self, verb: str, values: dict[str, str], mended_moto: Any) -> Any:
+    def obey(self, verb: str, values: dict[str, str]) -> Any:
         if verb == "fail":
             self.faults.append({**values, "left": int(values.get("times", 1))})
         elif verb == "heal":
             self.faults.clear()
         elif verb == "interrupt":
-            return mended_moto.interrupt(values["instance"], values.get("why", "no-capacity"))
+            return self.mended.interrupt(values["instance"], values.get("why", "no-capacity"))
         elif verb == "resume":
-            return mended_moto.resume(values["instance"])
+            return self.mended.resume(values["instance"])
         elif verb == "shut_down":
-            return mended_moto.shut_down(values["instance"])
+            return self.mended.shut_down(values["instance"])
         elif verb == "set":
-            set_values(mended_moto.settings, values)
+            set_values(self.mended.settings, values)
         elif verb == "reset":
             from moto.moto_api._internal.models import moto_api_backend
 
             moto_api_backend.reset()
             self.faults.clear()
-            mended_moto.settings.__init__()
+            self.mended.settings.__init__()
         else:
             raise ValueError(f"no such verb: {verb}")
         return None
@@ -397,18 +411,6 @@ def read_s3_call(environ: dict[str, Any]) -> dict[str, Any]:
             if not value and not name.startswith(("x-", "X-")):
                 action += name[:1].upper() + name[1:]
     return {"action": action, "params": {"Bucket": bucket, "Key": key, **query}}
-
-
-def zones_of(params: dict[str, Any]) -> set[str]:
-    """The zones that a call of EC2's names, itself or by a subnet."""
-    import mended_moto
-
-    zones = {value for key, value in params.items() if key.endswith("AvailabilityZone")}
-    for key, value in params.items():
-        if key.endswith("SubnetId"):
-            with contextlib.suppress(Exception):  # unknown: moto will say so
-                zones.add(mended_moto.backend().get_subnet(value).availability_zone)
-    return zones
 
 
 def error_of(service: str, fault: dict[str, Any]) -> tuple[str, str, str]:

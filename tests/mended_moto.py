@@ -366,7 +366,7 @@ def cancel_spot_instance_requests(self: Any, request_ids: list[str]) -> list[Any
     requests = [self.spot_instance_requests[request_id] for request_id in request_ids]
     for request in requests:
         state = request.instance.state
-        if state == "running":
+        if state in ("running", "pending"):
             request.set_state("cancelled", "request-canceled-and-instance-running")
         elif state == "stopped":
             request.set_state("cancelled", "instance-terminated-by-service")
@@ -411,7 +411,7 @@ def terminate_instances(self: Any, instance_ids: list[str]) -> list[tuple[Any, A
 def stop_instances(self: Any, instance_ids: list[str]) -> list[tuple[Any, Any]]:
     """A spot instance can be stopped only where its request is persistent and not cancelled."""
     for instance in self.get_multi_instances_by_id(instance_ids):
-        if instance.state == "terminated":
+        if instance.state in ("terminated", "pending"):
             refuse(
                 "IncorrectInstanceState",
                 f"This instance '{instance.id}' is not in a state from which it can be stopped.",
@@ -468,7 +468,7 @@ def interrupt(instance_id: str, why: str = "no-capacity", region: str = "us-east
     """
     instance = backend(region).get_instance(instance_id)
     request = spot_request(instance)
-    if not request or instance.state != "running":
+    if not request or instance.state not in ("running", "pending"):
         raise ValueError(f"{instance_id} is no running spot instance")
     stops = request.instance_interruption_behaviour == "stop"
     if stops:
@@ -524,10 +524,15 @@ def shut_down(instance_id: str, region: str = "us-east-1") -> str:
 
 def instance_state(self: Any) -> Any:
     """Pending for as many looks as the settings say, then what it is."""
-    if self._state.name == "running" and getattr(self, "pending_describes", 0) > 0:
-        self.pending_describes -= 1
+    if self._state.name == "running" and self.pending_describes > 0:
         return ec2_instances.InstanceState("pending", 0)
     return self._state
+
+
+def looked_at_instances() -> None:
+    """Called after each look at the instances: brings those that are pending forward."""
+    for instance in backend().all_instances():
+        instance.pending_describes = max(0, instance.pending_describes - 1)
 
 
 # ----------------------------------------------------------------------------- spot prices
@@ -667,7 +672,14 @@ def check_volume(self: Any, ebs: dict[str, Any], code: str) -> None:
             "InvalidParameterValue",
             "The volume initialization rate must be between 100 and 300 MiB/s.",
         )
-    if ebs.get("VolumeType") == "gp3":
+    kind = ebs.get("VolumeType") or "gp2"
+    for name, kinds in (("Throughput", {"gp3"}), ("Iops", {"gp3", "io1", "io2"})):
+        if ebs.get(name) and kind not in kinds:
+            refuse(
+                "InvalidParameterCombination",
+                f"The parameter {name.lower()} is not supported for {kind} volumes.",
+            )
+    if kind == "gp3":
         throughput, iops = int(ebs.get("Throughput") or 125), int(ebs.get("Iops") or 3000)
         if not 125 <= throughput <= 2000:
             refuse(
@@ -957,7 +969,10 @@ moto_get_service_quota = quota_models.ServiceQuotasBackend.get_service_quota
 def mend() -> None:
     """Put the functions above in the places of moto's."""
     instance = ec2_instances.Instance
+    instance.pending_describes = 0
     instance.instance_state = property(instance_state)
+    instance.state = property(lambda self: self.instance_state.name)
+    instance.state_code = property(lambda self: self.instance_state.code)
     instance.teardown_defaults = teardown_defaults
     instance.mapped_volume_ids = property(
         lambda self: [block.volume_id for block in self.block_device_mapping.values()]

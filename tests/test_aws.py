@@ -18,6 +18,7 @@ import pytest
 from aws_emulator import Emulator, start_emulator
 from aws_machine import Machines
 from conftest import REPOSITORY, make_images
+from quick_aws import quick_aws
 from test_trainer import as_options, outcome, train
 
 from utils import UserError
@@ -49,8 +50,10 @@ def key(tmp_path: Path) -> Path:
 @pytest.fixture
 def emulator(tmp_path: Path) -> Iterator[Emulator]:
     """An empty account."""
-    with start_emulator(tmp_path) as one:
+    (tmp_path / "aws").mkdir()
+    with start_emulator(tmp_path) as one, quick_aws(tmp_path / "aws") as path:
         one.environment["AWS_MAX_ATTEMPTS"] = "1"  # the CLI would try again after some errors
+        one.environment["PATH"] = f"{path}{os.pathsep}{one.environment['PATH']}"
         yield one
 
 
@@ -154,6 +157,10 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
     machines: Machines, tmp_path: Path
 ) -> None:
     emulator, environment = machines.emulator, machines.environment
+    environment = {
+        **environment,
+        "PATH": f"{emulator.aws.parent}{os.pathsep}{environment['PATH']}",
+    }  # a process a call
     undisturbed = {**TRAINING, "runs_folder": tmp_path / "runs"}
     for part in ("train", "val"):
         undisturbed[f"{part}_folder_name"] = tmp_path / "data" / "imagenette" / part
@@ -230,7 +237,10 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
 KILL = """#!/bin/bash
 {aws} "$@"
 status=$?
-case $2 in describe-* | get-* | list-* | head-* | wait) ;; *) kill -KILL $PPID ;; esac
+case $status-$2 in
+[1-9]* | 0-describe-* | 0-get-* | 0-list-* | 0-head-* | 0-wait) ;;
+*) kill -KILL $PPID ;;
+esac
 exit $status
 """
 
@@ -250,7 +260,7 @@ def killing(emulator: Emulator, tmp_path: Path) -> Path:
     """A folder with an `aws` that kills who calls it, once the change has been made."""
     folder = tmp_path / "killing"
     folder.mkdir()
-    (folder / "aws").write_text(KILL.format(aws=emulator.aws))
+    (folder / "aws").write_text(KILL.format(aws=tmp_path / "aws" / "aws"))
     (folder / "aws").chmod(0o755)
     return folder
 
@@ -385,12 +395,12 @@ def test_what_aws_refuses_is_said_with_what_to_do(
 ) -> None:
     snapshot(emulator)
     for action, code, advice in [
+        ("CreateSecurityGroup", "VPCIdNotSpecified", "create-default-vpc"),
         ("RunInstances", "MaxSpotInstanceCountExceeded", "L-3819A6DF"),
         ("RunInstances", "InsufficientInstanceCapacity", "another instance_type"),
         ("RunInstances", "UnauthorizedOperation", "AmazonEC2FullAccess"),
         ("DescribeInstances", "ExpiredToken", "aws sso login"),
         ("DescribeInstances", "AuthFailure", "aws configure"),
-        ("CreateSecurityGroup", "VPCIdNotSpecified", "create-default-vpc"),
         ("GetParameter", "ParameterNotFound", "gpu_ami"),
     ]:
         emulator.fail(action, code, "AWS's own words", times=0)
@@ -535,6 +545,9 @@ def test_settings_come_from_the_file_the_environment_and_the_command_line(
 
 # ------------------------------------------------------------------------------ on the instance
 
+# One partition of Linux, from sector 64 on, and the mark at the end of the first sector.
+MBR = r"\0\0\0\0\203\0\0\0\100\0\0\0\0\100\0\0" + r"\0" * 48 + r"\125\252"
+
 MOUNT = """
 mount --make-rprivate /
 mkdir -p /dev/disk
@@ -552,7 +565,7 @@ bash scripts/aws/instance/mount.sh vol-0123 "$2" && ls "$2"
         ("", ""),
         ("mkdir {disk}.d; touch {disk}.d/mine; mkfs.ext4 -q -d {disk}.d {disk}", ""),
         ("echo precious | dd of={disk} conv=notrunc status=none", "no file system: left as it is"),
-        ("echo ',,L' | sfdisk -q {disk}", "has no file system of its own"),
+        ("printf '{mbr}' | dd of={disk} bs=1 seek=446 conv=notrunc status=none", "of its own"),
         ("mkswap {disk} >/dev/null", "left as it is"),
     ],
     ids=["empty", "ext4", "bytes", "partitions", "swap"],
@@ -563,7 +576,7 @@ def test_only_an_empty_volume_gets_a_file_system(
     disk = tmp_path / "disk"
     disk.touch()
     os.truncate(disk, 20_000_000)
-    subprocess.run(content.format(disk=disk), shell=True, check=True)
+    subprocess.run(content.format(disk=disk, mbr=MBR), shell=True, check=True)
     before = disk.read_bytes()
     made = subprocess.run(
         ["losetup", "--find", "--show", disk], capture_output=True, text=True, check=True

@@ -188,7 +188,7 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
             "Resource": objects,
         },
     ]
-    policy = json.dumps({"Version": "2012-10-17", "Statement": may})
+    policy = {"Version": "2012-10-17", "Statement": may}
     profiles, roles = find_profiles(aws, settings)
     if name not in roles:
         aws.change(
@@ -196,10 +196,11 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
             json.dumps({"Version": "2012-10-17", "Statement": [trust]}),
             "--tags", f"Key={PROJECT_TAG},Value={name}",
         )  # fmt: skip
-    aws.change(
-        "iam", "put-role-policy", "--role-name", name, "--policy-name", "mirror",
-        "--policy-document", policy,
-    )  # fmt: skip
+    if name not in roles or role_policy(aws, name) != policy:
+        aws.change(
+            "iam", "put-role-policy", "--role-name", name, "--policy-name", "mirror",
+            "--policy-document", json.dumps(policy),
+        )  # fmt: skip
     if name not in profiles:
         aws.change(
             "iam", "create-instance-profile", "--instance-profile-name", name,
@@ -223,6 +224,19 @@ def find_profiles(aws: Aws, settings: Settings) -> tuple[dict[str, list[str]], l
     }
     roles = [role["RoleName"] for role in aws.read("iam", "list-roles")["Roles"]]
     return profiles, [role for role in roles if role == name]
+
+
+def role_policy(aws: Aws, role: str) -> dict[str, Any] | None:
+    """What a role may do with the mirror; None where that was not said yet."""
+    try:
+        answer = aws.read(
+            "iam", "get-role-policy", "--role-name", role, "--policy-name", "mirror"
+        )  # fmt: skip
+    except AwsError as error:
+        if error.code != "NoSuchEntity":
+            raise
+        return None
+    return answer["PolicyDocument"]
 
 
 def newest_image(aws: Aws, parameter: str) -> tuple[str, str, int]:

@@ -16,8 +16,8 @@ from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_com
 TASK = REPOSITORY / "scripts" / "sky.yaml"
 SKY_PYTHON = REPOSITORY / ".venv-sky" / "bin" / "python"
 
-# Reads the tasks on the command line as SkyPilot's server does, where no key is let through for
-# plugins that may be there, and prints for each what it has understood, or what it objects to.
+# Reads each [task, environment] as SkyPilot's server does, where no key is let through for plugins
+# that may be there, and prints what it has understood, or what it objects to.
 READ_TASKS = """
 import json, sys, yaml
 import sky
@@ -25,11 +25,11 @@ from sky.server import plugins
 
 plugins.load_plugins(plugins.ExtensionContext())
 answers = []
-for path in sys.argv[2:]:
+for path, envs in json.loads(sys.argv[1]):
     try:
         with open(path) as file:
             config = yaml.safe_load(file)
-        task = sky.Task.from_yaml_config(config, env_overrides=json.loads(sys.argv[1]))
+        task = sky.Task.from_yaml_config(config, env_overrides=list(envs.items()))
         task.validate_name()
         task.validate_run()
         task.expand_and_validate_workdir()
@@ -55,14 +55,23 @@ MISTAKES = {
 }
 
 
-def read_tasks(folder: Path, envs: dict[str, str], *paths: Path) -> list[Any]:
-    """What SkyPilot makes of each file: a dictionary, or its objection."""
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What SkyPilot makes of the file, a dictionary, and of copies with mistakes, its objections."""
     assert SKY_PYTHON.exists(), "no .venv-sky: bash scripts/test.sh makes it"
+    folder = tmp_path_factory.mktemp("sky")
+    text = TASK.read_text()
+    tasks = {"as it stands": (TASK, ENVS), "without a mirror": (TASK, {"STORE": ENVS["STORE"]})}
+    for name, (old, new, _) in MISTAKES.items():
+        assert text.count(old) == 1, name
+        path = folder / f"{name}.yaml"
+        path.write_text(text.replace(old, new))
+        tasks[name] = (path, ENVS)
     answer = subprocess.run(
-        [SKY_PYTHON, "-c", READ_TASKS, json.dumps(list(envs.items())), *paths],
+        [SKY_PYTHON, "-c", READ_TASKS, json.dumps(list(tasks.values()), default=str)],
         cwd=REPOSITORY,
         env={
-            **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+            "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "IS_SKYPILOT_SERVER": "1",
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
@@ -72,20 +81,7 @@ def read_tasks(folder: Path, envs: dict[str, str], *paths: Path) -> list[Any]:
         text=True,
     )
     assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout)
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """SkyPilot's answers to the file as it stands, and to one copy with each of the mistakes."""
-    folder = tmp_path_factory.mktemp("sky")
-    text = TASK.read_text()
-    paths = [TASK]
-    for name, (old, new, _) in MISTAKES.items():
-        assert text.count(old) == 1, name
-        paths.append(folder / f"{name}.yaml")
-        paths[-1].write_text(text.replace(old, new))
-    return dict(zip(["as it stands", *MISTAKES], read_tasks(folder, ENVS, *paths), strict=True))
+    return dict(zip(tasks, json.loads(answer.stdout), strict=True))
 
 
 def run_command(task: dict[str, Any], home: Path, **envs: str) -> subprocess.CompletedProcess[str]:
@@ -120,9 +116,8 @@ def test_skypilot_refuses_a_mistake(answers: dict[str, Any], name: str) -> None:
     assert MISTAKES[name][2] in answers[name]
 
 
-def test_store_and_mirror_have_to_be_named(tmp_path: Path) -> None:
-    (answer,) = read_tasks(tmp_path, {"STORE": ENVS["STORE"]}, TASK)
-    assert "'MIRROR' is None" in answer
+def test_store_and_mirror_have_to_be_named(answers: dict[str, Any]) -> None:
+    assert "'MIRROR' is None" in answers["without a mirror"]
 
 
 def test_its_command_is_the_trainers_own(answers: dict[str, Any], tmp_path: Path) -> None:

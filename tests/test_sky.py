@@ -57,7 +57,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What SkyPilot makes of the file, a dictionary, and of copies with mistakes, its objections."""
+    """What SkyPilot makes of the file, and what it objects to in copies with mistakes."""
     assert SKY_PYTHON.exists(), "no .venv-sky: bash scripts/test.sh makes it"
     folder = tmp_path_factory.mktemp("sky")
     text = TASK.read_text()

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 
 import data
@@ -84,6 +83,8 @@ def largest_difference(
 
 def human_names(classes: tuple[str, ...]) -> list[str]:
     """Names that a person reads: ImageNet's for its folders, else the folders' own."""
+    import torchvision  # as in model.py
+
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     if len(classes) == len(imagenet) and all(_is_wordnet_id(name) for name in classes):
         return list(imagenet)  # both are sorted by WordNet id

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torchsummary
-import torchvision
 import tyro
 
 
@@ -22,6 +21,8 @@ class ResNet50Wrapper(torch.nn.Module):
 
     def __init__(self, num_classes: int = 1000, zero_init_residual: bool = False) -> None:
         super().__init__()
+        import torchvision  # takes a second or more, in which a mistake is answered already
+
         self.model = torchvision.models.resnet50(
             num_classes=num_classes, zero_init_residual=zero_init_residual
         )

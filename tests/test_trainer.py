@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(images: Path, tmp_path: Path) -> dict[str, object]:
     """Two epochs of three steps, in fp32: some seconds."""
+    return plain_settings(images, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
+    """A run with these settings that nothing has disturbed, made once, for all that compare."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_images(folder / "images", classes=3, images=7)
+    settings = plain_settings(folder / "images", folder / "runs")
+    train(settings)
+    yield settings
+    shutil.rmtree(folder)  # 600 MB, which pytest would keep
+
+
+def plain_settings(images: Path, runs_folder: Path) -> dict[str, object]:
     return {
-        "runs_folder": str(tmp_path / "runs"),
+        "runs_folder": str(runs_folder),
         "name": "run",
         "train_folder_name": str(images / "train"),
         "val_folder_name": str(images / "val"),
@@ -168,16 +184,17 @@ def brute_force_correct(model: torch.nn.Module, settings: dict[str, object]) -> 
     return sum(guess == label for guess, (_, label) in zip(guesses, pictures.samples, strict=True))
 
 
-def test_workers_and_repetition_change_nothing(settings: dict[str, object]) -> None:
-    outcomes = []
-    for workers in (1, 2, 4, 0):
+def test_workers_and_repetition_change_nothing(
+    settings: dict[str, object], undisturbed: dict[str, object]
+) -> None:
+    with_one = outcome(undisturbed)
+    for workers in (2, 4, 0):
         named = {**settings, "name": f"workers{workers}", "workers": workers}
         train(named)
-        outcomes.append(outcome(named))
-    assert outcomes[1:] == [outcomes[0]] * 3
+        assert outcome(named) == with_one, workers
     other = {**settings, "name": "seed", "seed": 1}
     train(other)
-    assert outcome(other)["weights"] != outcomes[0]["weights"]
+    assert outcome(other)["weights"] != with_one["weights"]
 
 
 @pytest.mark.parametrize("first_px", [0, 32])
@@ -223,8 +240,9 @@ def stop_again_and_again(
     stopped: dict[str, object],
     signals: list[signal.Signals],
     starts: Iterator[dict[str, object]] | None = None,
+    steps: int = 1,
 ) -> list[int]:
-    """Start the real command, stop it a step or so later, until it ends; the steps of its stops.
+    """Start the real command, stop it after about so many steps, until it ends; where it stopped.
 
     With `starts` each start has settings of its own.
     """
@@ -242,7 +260,7 @@ def stop_again_and_again(
         )
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_text().count("  step ") > seen:
+            if log.exists() and log.read_text().count("  step ") >= seen + steps:
                 process.send_signal(number)
                 process.send_signal(number)  # a second one does no harm
                 break
@@ -256,12 +274,13 @@ def stop_again_and_again(
     return ends
 
 
-def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> None:
+def test_signals_again_and_again_change_nothing(
+    settings: dict[str, object], undisturbed: dict[str, object]
+) -> None:
     """The real command, stopped by SIGTERM or SIGINT a step or so after each start.
 
     Each start has another number of workers.
     """
-    train(settings)
     stopped = {**settings, "name": "stopped", "log_interval_s": 1e-9}
     folder = run_folder(stopped)
     starts = ({**stopped, "workers": workers} for workers in itertools.cycle((2, 0, 4, 1)))
@@ -269,7 +288,7 @@ def test_signals_again_and_again_change_nothing(settings: dict[str, object]) -> 
     assert len(ends) >= 2
     assert ends == sorted(ends)
     assert "everything is saved" in (folder / "train.log").read_text()
-    assert outcome(stopped) == outcome(settings)
+    assert outcome(stopped) == outcome(undisturbed)
 
 
 def growing(settings: dict[str, object]) -> dict[str, object]:
@@ -285,7 +304,7 @@ def test_a_run_whose_crops_grow_says_so_and_goes_on_at_the_same_size(
     whole = {**growing(settings), "name": "whole"}
     train(whole)
     stopped = {**growing(settings), "name": "stopped", "log_interval_s": 1e-9}
-    assert len(stop_again_and_again(stopped, [signal.SIGTERM] * 14)) >= 2
+    assert len(stop_again_and_again(stopped, [signal.SIGTERM] * 14, steps=2)) >= 2
     assert outcome(stopped) == outcome(whole)
     folder = run_folder(stopped)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -302,9 +321,9 @@ def test_a_run_whose_crops_grow_says_so_and_goes_on_at_the_same_size(
 
 
 def test_a_run_from_before_the_crops_could_grow_keeps_their_size(
-    settings: dict[str, object],
+    settings: dict[str, object], undisturbed: dict[str, object]
 ) -> None:
-    train(settings)
+    shutil.copytree(run_folder(undisturbed), run_folder(settings))
     folder = run_folder(settings) / "checkpoints"
     state = checkpoint.load_latest(folder)
     for name in ("first_train_px", "px_ramp_start", "px_ramp_end", "val_batch_size", "compile"):
@@ -369,28 +388,28 @@ def test_a_compiled_run_goes_on_exactly_and_its_checkpoint_is_anyones(
                     break
         return run
 
-    undisturbed = steps(trainer.new_run(config, 3), 5)
-    stopped = steps(trainer.new_run(config, 3), 2)
-    checkpoint.save(folder, stopped.state())
+    compiled = steps(trainer.new_run(config, 3), 2)
+    checkpoint.save(folder, compiled.state())
+    steps(compiled, 5)  # undisturbed; each other run would be compiled anew
     state = checkpoint.load_latest(folder)
     assert set(state["model"]) == set(torchvision.models.resnet50(num_classes=3).state_dict())
     resumed = trainer.new_run(config, 3)
     resumed.load(state)
     steps(resumed, 5)
-    for name, value in undisturbed.model.model.state_dict().items():
+    for name, value in compiled.model.model.state_dict().items():
         assert torch.equal(resumed.model.model.state_dict()[name], value), name
 
     # From the same checkpoint, the same step without compile: equal but for rounding.
     eager = trainer.new_run(dataclasses.replace(config, compile=False), 3)
-    assert (eager.compiled, stopped.compiled is None) == (None, False)
+    assert (eager.compiled, compiled.compiled is None) == (None, False)
     images, labels = next(data.train_batches(train_set, config, epoch=0))
     losses = []
-    for run in (eager, stopped):
+    for run in (eager, compiled):
         run.load(state)
         run.model.train()
         losses.append(trainer.train_step(run, images, labels, 1e-3).item())
     assert math.isclose(*losses, rel_tol=1e-4)
-    for name, value in stopped.model.named_buffers():
+    for name, value in compiled.model.named_buffers():
         assert torch.allclose(eager.model.state_dict()[name], value, rtol=1e-3, atol=1e-4), name
 
 
@@ -556,24 +575,23 @@ def on_store(settings: dict[str, object], path: Path, name: str) -> dict[str, ob
 
 
 def test_a_store_gives_the_folders_weights_and_each_goes_on_from_the_other(
-    settings: dict[str, object], images: Path, tmp_path: Path
+    settings: dict[str, object], undisturbed: dict[str, object], images: Path, tmp_path: Path
 ) -> None:
     path = packed(images, tmp_path / "store")
-    train(settings)
     whole = on_store(settings, path, "store")
     train(whole)
-    assert outcome(whole) == outcome(settings)
+    assert outcome(whole) == outcome(undisturbed)
 
     # Begun on the store, stopped, gone on with on the folder, stopped, and so on.
     both = [on_store(settings, path, "both"), {**settings, "name": "both"}]
     runs = [{**both[number % 2], "log_interval_s": 1e-9} for number in range(8)]
     ends = stop_again_and_again(runs[0], [signal.SIGTERM] * 8, iter(runs))
     assert len(ends) >= 2
-    assert outcome({**settings, "name": "both"}) == outcome(settings)
+    assert outcome({**settings, "name": "both"}) == outcome(undisturbed)
 
 
 def test_a_damaged_picture_stops_training_until_the_store_is_mended(
-    settings: dict[str, object], images: Path, tmp_path: Path
+    settings: dict[str, object], undisturbed: dict[str, object], images: Path, tmp_path: Path
 ) -> None:
     path = packed(images, tmp_path / "store")
     whole = path.read_bytes()
@@ -597,8 +615,7 @@ def test_a_damaged_picture_stops_training_until_the_store_is_mended(
 
     path.write_bytes(whole)
     train(broken)
-    train(settings)
-    assert outcome(broken) == outcome(settings)
+    assert outcome(broken) == outcome(undisturbed)
 
 
 def test_a_store_cut_short_is_refused(

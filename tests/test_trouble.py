@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from test_trainer import (  # noqa: F401 (fixtures are among them)
     as_options,
     images,
     outcome,
+    plain_settings,
     run_folder,
     settings,
     train,
@@ -69,14 +72,25 @@ time.time = lambda: clock() + next(leaps)
 """
 
 
-def test_a_nan_stops_at_its_step_and_the_same_command_goes_on_from_before_it(
-    settings: Settings,
-) -> None:
-    # One epoch of 8 steps, so that the fourth batch is a training one, saved after every step.
-    settings = {**settings, "epochs": 1, "batch_size": 3, "checkpoint_minutes": 0}
-    undisturbed = {**settings, "name": "undisturbed"}
-    train(undisturbed)
+# One epoch of 7 steps, so that the fourth batch is a training one, saved after every step.
+ONE_EPOCH = {"epochs": 1, "batch_size": 3, "checkpoint_minutes": 0}
 
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Such a run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("one_epoch")
+    make_images(folder / "images", classes=3, images=7)
+    settings = {**plain_settings(folder / "images", folder / "runs"), **ONE_EPOCH}
+    train(settings)
+    yield settings
+    shutil.rmtree(folder)  # 600 MB, which pytest would keep
+
+
+def test_a_nan_stops_at_its_step_and_the_same_command_goes_on_from_before_it(
+    settings: Settings, one_epoch: Settings
+) -> None:
+    settings = {**settings, **ONE_EPOCH}
     line = error_line(train_with(NAN_AT_STEP_4, settings), 1)
     assert "the loss is not a number any more by step 4, in epoch 1" in line
     assert "--max-lr" in line and "same command goes on" in line
@@ -88,7 +102,7 @@ def test_a_nan_stops_at_its_step_and_the_same_command_goes_on_from_before_it(
     done = train_with(LEAPING_CLOCK, settings)
     assert done.returncode == 0, done.stderr
     assert "resumed after 0 epochs and 3 steps" in done.stdout
-    assert outcome(settings) == outcome(undisturbed)
+    assert outcome(settings) == outcome(one_epoch)
 
 
 def scaled_run(settings: Settings, scale: float) -> tuple[trainer.Run, torch.Tensor, torch.Tensor]:
@@ -240,13 +254,11 @@ cp -r "$DISK/runs" "$KEPT"
 
 
 def test_a_full_disk_ends_with_a_clear_line_and_training_goes_on_after_room_is_made(
-    settings: Settings, tmp_path: Path
+    settings: Settings, one_epoch: Settings, tmp_path: Path
 ) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
-    settings = {**settings, "batch_size": 3, "checkpoint_minutes": 0, "epochs": 1}
-    train({**settings, "name": "undisturbed"})
-    on_disk = {**settings, "runs_folder": str(disk / "runs")}
+    on_disk = {**settings, **ONE_EPOCH, "runs_folder": str(disk / "runs")}
     command = [sys.executable, str(REPOSITORY / "trainer.py"), *as_options(on_disk)]
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "bash", "-c", FULL_DISK, "disk", *command],
@@ -265,6 +277,4 @@ def test_a_full_disk_ends_with_a_clear_line_and_training_goes_on_after_room_is_m
     )
     assert sums and all(digest.startswith(beginning) for digest, beginning in sums)
     assert "resumed after 0 epochs and " in done.stdout
-    assert outcome({**settings, "runs_folder": str(kept)}) == outcome(
-        {**settings, "name": "undisturbed"}
-    )
+    assert outcome({**settings, "runs_folder": str(kept)}) == outcome(one_epoch)

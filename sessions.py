@@ -14,9 +14,9 @@ torn line takes anything with it.
     gpu, cpu, instance_type    what the machine is; null where that is not known
     ended                      why it ended; null while it runs, and for ever if it was killed
 
-Not in it: the time before the trainer is started and after its last line, when the last copies go to
-a mirror; starts that end before training begins; after a kill the last minute, after a power cut
-half a minute more. scripts/cost_report.py adds it all up.
+Not in it: the time before the trainer is started, and after its last line, when the last copies go
+to a mirror; starts that end before training begins; of one that was killed its last minute, after a
+power cut half a minute more. scripts/cost_report.py adds it all up.
 """
 
 import datetime

@@ -291,11 +291,6 @@ def check_config(config: Config) -> None:
         value = getattr(config, field)
         if not 0 <= value < math.inf:
             raise UserError(f"{field} is {value}: it must be 0 or more")
-    if config.budget_usd and not config.price_per_hour:
-        raise UserError(
-            f"budget_usd is {config.budget_usd} and price_per_hour 0: give --price-per-hour, by "
-            "which the price is counted"
-        )
     if not 0 < config.pct_start < 1:
         raise UserError(f"pct_start is {config.pct_start}: it must lie between 0 and 1")
     if config.momentum >= 1:
@@ -319,7 +314,16 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"val_resize_px is {config.val_resize_px}: it must be at least val_px, {config.val_px}"
         )
+    _check_budget(config)
     run_folder(config.runs_folder, config.name)
+
+
+def _check_budget(config: Config) -> None:
+    if config.budget_usd and not config.price_per_hour:
+        raise UserError(
+            f"budget_usd is {config.budget_usd} and price_per_hour 0: give --price-per-hour, by "
+            "which the price is counted"
+        )
 
 
 def run_stage(main: Callable[[], None]) -> None:

@@ -759,6 +759,25 @@ def write_tensorboard(folder: Path, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar(key.replace("_", "/", 1), value, row["epoch"])
 
 
+def say_interrupted(
+    run: Run, config: Config, requests: interruption.Requests, session: sessions.Session
+) -> int:
+    """Say and note why the run stops, and that it is saved; returns the exit code."""
+    epoch = min(len(run.history) + 1, total_epochs(config))
+    saved = f"in epoch {epoch}, everything is saved after step {run.step}"
+    if not requests.stop:
+        session.ending = sessions.BUDGET
+        log.info(
+            "the budget of $%.2f is spent, with $%.2f, %s: a higher --budget-usd goes on",
+            config.budget_usd, run.spent_usd, saved,
+        )  # fmt: skip
+        return EXIT_BUDGET
+    session.ending = sessions.EC2_NOTICE if requests.notice else sessions.SIGNAL
+    interruption.tell_saved(requests)
+    log.info("interrupted %s: the same command goes on", saved)
+    return EXIT_INTERRUPTED
+
+
 # ------------------------------------------------------------------------------ the stage
 
 
@@ -820,7 +839,7 @@ def main() -> None:
         saver.save({**run.state(), **identity})
 
     def heed() -> None:
-        """Stop or save if that was asked for; stop if the last save failed or the budget is spent."""
+        """Stop or save as asked; stop if the last save failed, or the budget is spent."""
         saver.check()
         run.spent_usd = session.beat(run.step, len(run.history))
         if requests.stop or 0 < config.budget_usd <= run.spent_usd:
@@ -851,23 +870,8 @@ def main() -> None:
         except Interrupted:
             save()
             saver.wait()
-            if not requests.stop:
-                last_copies_s = mirror.FINISHED_S
-                session.ending = sessions.BUDGET
-                log.info(
-                    "the budget of $%.2f is spent ($%.2f so far), everything is saved after step "
-                    "%d: a higher --budget-usd goes on",
-                    config.budget_usd, run.spent_usd, run.step,
-                )  # fmt: skip
-                sys.exit(EXIT_BUDGET)
-            session.ending = sessions.EC2_NOTICE if requests.notice else sessions.SIGNAL
-            interruption.tell_saved(requests)
-            log.info(
-                "interrupted in epoch %d, everything is saved after step %d: the same command "
-                "goes on",
-                min(len(run.history) + 1, total_epochs(config)), run.step,
-            )  # fmt: skip
-            sys.exit(EXIT_INTERRUPTED)
+            last_copies_s = mirror.INTERRUPTED_S if requests.stop else mirror.FINISHED_S
+            sys.exit(say_interrupted(run, config, requests, session))
         except UserError as error:
             if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
                 save()

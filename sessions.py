@@ -49,7 +49,7 @@ class Session:
         alive_s = self._alive_s()
         self.line = {
             "session": os.urandom(4).hex(),
-            "began": _utc(time.time() - alive_s),
+            "began": utc(time.time() - alive_s),
             "alive_s": alive_s,
             "startup_s": alive_s,
             "first_step": step,
@@ -141,6 +141,7 @@ def _process_started() -> float:
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601, such as 2026-11-24T08:22:00.123Z."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -826,6 +826,7 @@ def main() -> None:
     if state is not None:
         resume(run, state, folder)
 
+    interruption.watch_ec2(requests)
     steps_and_epochs = run.step, len(run.history)
     session = sessions.Session(folder, config.price_per_hour, hardware, *steps_and_epochs)
     copies.copy()  # what the last start did not come to copy
@@ -852,7 +853,6 @@ def main() -> None:
             seconds = time.monotonic() - started
             log.info("saved after step %d, as asked, in %.1f s", run.step, seconds)
 
-    interruption.watch_ec2(requests)
     requests.nothing_to_save = False
     short_of_memory = False
     last_copies_s = mirror.INTERRUPTED_S

@@ -1,4 +1,4 @@
-"""The cost report: its arithmetic against an example that is worked out by hand, and its command."""
+"""The cost report: its arithmetic against an example worked out by hand, and the real command."""
 
 import json
 import math
@@ -54,8 +54,8 @@ ROWS = [
     {"epoch": epoch, "val_top1": top1, "train_images": 1_000_000, "train_s": train_s, "val_s": 100}
     for epoch, top1, train_s in ((1, 24.9, 2900), (2, 51.0, 2900), (3, 75.5, 1900))
 ]
-# The price changes within both starts: 0.5 h at $0.30 and 1.5 h at $0.60, then half an hour at $0.60
-# and half an hour at $0.90: $1.05 and $0.75. The newest stands first, as AWS prints it.
+# The price changes within both starts: 0.5 h at $0.30 and 1.5 h at $0.60, then half an hour at
+# $0.60 and half an hour at $0.90: $1.05 and $0.75. The newest stands first, as AWS prints it.
 SPOT_PRICES = {
     "SpotPriceHistory": [
         {
@@ -157,10 +157,8 @@ def test_the_page_says_the_same_and_has_a_picture(folder: Path) -> None:
         ("machine, to 75 % top-1", "$2.36 (epoch 3)", "$26.41 (epoch 50)"),
         ("machine, to 76 % top-1", "–", "–"),
     ):
-        cells = [
-            cell.strip() for line in page.splitlines() if row[0] in line for cell in line.split("|")
-        ]
-        assert cells[1:4] == list(row)
+        (line,) = [line for line in page.splitlines() if f"| {row[0]}" in line]
+        assert [cell.strip() for cell in line.split("|")][1:4] == list(row)
         assert all(cell in done.stdout for cell in row)
     assert "At $0.50 and $1.00 an hour" in page
     assert "its last minute may be missing" in page
@@ -244,9 +242,8 @@ def test_the_reference_run_costs_what_was_published() -> None:
 def test_a_torn_line_and_lines_of_something_else_are_passed_over(folder: Path) -> None:
     whole = cost_report.summarize(sessions.read(folder), ROWS, None)
     path = folder / "sessions.jsonl"
-    path.write_bytes(
-        path.read_bytes() + b"\n[]\n\xff\xfe\0\n" + json.dumps(LINES[-1])[:-9].encode()
-    )
+    torn = json.dumps({**LINES[-1], "alive_s": 9999})[:-9].encode()
+    path.write_bytes(path.read_bytes() + b"\n[]\n\xff\xfe\0\n" + torn)
     assert cost_report.summarize(sessions.read(folder), ROWS, None) == whole
 
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from conftest import COMMAND_ENVIRONMENT, REPOSITORY
+from conftest import REPOSITORY, run_stage_command
 from PIL import Image
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -91,32 +92,28 @@ def write_lines(folder: Path, lines: list[dict[str, object]]) -> None:
     (folder / "sessions.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
-def command(
-    folder: Path, *options: object, path: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """The real command; `path` is a folder with programs of the test's own."""
-    return subprocess.run(
-        [sys.executable, "scripts/cost_report.py", str(folder), *map(str, options)],
-        cwd=REPOSITORY,
-        env={**COMMAND_ENVIRONMENT, "PATH": f"{path or ''}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
+def command(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """The real command."""
+    return run_stage_command("scripts/cost_report.py", folder, *options)
+
+
+def report(folder: Path, *options: object) -> None:
+    """What the command does, in this process, for speed."""
+    with mock.patch.object(sys, "argv", ["cost_report.py", str(folder), *map(str, options)]):
+        cost_report.main()
 
 
 def record(folder: Path, *options: object) -> dict[str, object]:
-    """cost.json of a run that the real command reports on."""
-    done = command(folder, *options)
-    assert (done.returncode, done.stderr) == (0, "")
+    """cost.json of a run."""
+    report(folder, *options)
     return json.loads((folder / "cost.json").read_text())
 
 
-def refusal(folder: Path, *options: object, path: Path | None = None) -> str:
-    done = command(folder, *options, path=path)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+def refusal(folder: Path, *options: object) -> str:
+    with pytest.raises(UserError) as error:
+        report(folder, *options)
     assert not (folder / "cost.json").exists()
-    return line
+    return str(error.value)
 
 
 def test_the_numbers_are_those_worked_out_by_hand(folder: Path) -> None:
@@ -204,24 +201,26 @@ def sessions_began() -> float:
     return cost_report.seconds(FIRST["began"])
 
 
-def test_aws_is_asked_for_the_machine_of_the_sessions(folder: Path, tmp_path: Path) -> None:
+def test_aws_is_asked_for_the_machine_of_the_sessions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "--availability-zone" in refusal(folder, "--spot-prices", "aws")
     zone = ("--spot-prices", "aws", "--availability-zone", "us-east-1a")
     aws = tmp_path / "bin" / "aws"
     aws.parent.mkdir()
     aws.write_text("#!/bin/sh\necho 'An error occurred (UnauthorizedOperation)' >&2\nexit 254\n")
     aws.chmod(0o755)
-    assert "failed: An error occurred" in refusal(folder, *zone, path=aws.parent)
+    monkeypatch.setenv("PATH", str(aws.parent), prepend=os.pathsep)
+    assert "failed: An error occurred" in refusal(folder, *zone)
     (tmp_path / "prices.json").write_text(json.dumps(SPOT_PRICES))
     aws.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {tmp_path}/prices.json\n')
-    assert command(folder, *zone, path=aws.parent).returncode == 0
+    assert math.isclose(record(folder, *zone)["usd"], 1.8)
     asked = (tmp_path / "asked").read_text().strip()
     assert asked == (
         "ec2 describe-spot-price-history --output json --instance-types g5.xlarge "
         "--product-descriptions Linux/UNIX --availability-zone us-east-1a "
         "--start-time 2026-11-24T00:00:00Z"
     )
-    assert math.isclose(json.loads((folder / "cost.json").read_text())["usd"], 1.8)
 
 
 def test_the_reference_run_costs_what_was_published() -> None:
@@ -267,12 +266,14 @@ def test_before_the_first_epoch_there_is_a_page_without_a_picture(folder: Path) 
     assert not (folder / "cost.png").exists()
 
 
-def test_a_run_without_a_price_has_its_hours(folder: Path) -> None:
+def test_a_run_without_a_price_has_its_hours(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_lines(folder, [{**line, "price_per_hour": 0.0} for line in LINES])
-    done = command(folder)
-    assert done.returncode == 0, done.stderr
-    assert "No price is known: give --price-per-hour" in done.stdout
-    assert "3.00 h" in done.stdout
+    report(folder)
+    out = capsys.readouterr().out
+    assert "No price is known: give --price-per-hour" in out
+    assert "3.00 h" in out
     assert not (folder / "cost.png").exists()
 
 
@@ -299,7 +300,9 @@ def test_sessions_that_begin_in_the_middle_of_a_run_are_added_to_its_metrics(fol
 
 
 def test_a_folder_without_a_run_is_refused(folder: Path, tmp_path: Path) -> None:
-    assert "no such run" in refusal(tmp_path / "runs" / "none")
+    done = command(tmp_path / "runs" / "none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no such run: there is no folder ")
     for name in ("sessions.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
     assert "neither sessions.jsonl nor a finished epoch" in refusal(folder)

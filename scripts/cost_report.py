@@ -118,7 +118,7 @@ def price_usd(began: float, ended: float, prices: Prices) -> float:
 
 
 def summarize(
-    lines: list[Line], rows: list[dict[str, Any]], prices: Prices | None, now: float = 0.0
+    lines: list[Line], rows: list[dict[str, Any]], prices: Prices | None, now: float = math.inf
 ) -> dict[str, Any]:
     """All numbers of a run, from the lines of its sessions and the rows of its metrics.
 
@@ -458,9 +458,9 @@ def scale_dollars(axes: Axes, values: list[float]) -> None:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     factors = (1, 2, 5) if len(decades) < 4 else (1,)
     ticks = [factor * 10.0**decade for decade in decades for factor in factors]
-    axes.set_xticks(ticks, [f"${tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"${tick:.2f}" if 0.01 <= tick < 1 else f"${tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlim=(low, high), xlabel="price of the machine so far")
+    axes.set(xlim=(low, high), xlabel="price of the machine so far (logarithmic)")
 
 
 # ------------------------------------------------------------------------------ the command

@@ -142,8 +142,7 @@ class Config:
     price_per_hour: float = 0.97
     """US dollars an hour of the machine, for the price in the progress line; 0 leaves it out"""
     budget_usd: float = 0.0
-    """US dollars that all starts of the run together may cost; then it stops, with everything
-    saved; 0: any"""
+    """US dollars at which the run stops with everything saved; 0: no budget"""
     tensorboard: bool = False
     """write TensorBoard logs into the run's folder too"""
 

@@ -420,9 +420,10 @@ def draw(name: str, summary: dict[str, Any]) -> Figure:
         REFERENCE_NAME: (summarize_reference()["curve"], REFERENCE_VALIDATION),
         name: (summary["curve"], {**VALIDATION, "color": COLOURS[0]}),
     }
-    for label, (curve, style) in shown.items():
+    for run_name, (curve, style) in shown.items():
         usd, top1 = ([point[key] for point in curve] for key in ("usd", "val_top1"))
-        axes.plot(usd, top1, label=f"{label}: {max(top1):.2f} % by {dollars(usd[-1])}", **style)
+        label = f"{run_name}: best {max(top1):.2f} %, {dollars(usd[-1])} by the last epoch"
+        axes.plot(usd, top1, label=label, **style)
     stops = interruptions_usd(summary)
     for (why, stops_usd), colour in zip(stops.items(), COLOURS[1:], strict=False):
         for usd in stops_usd:

@@ -19,6 +19,7 @@ import datetime
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -126,6 +127,15 @@ def on_ec2(system: Path = Path("/sys")) -> bool:
             if (system / path).read_text(errors="replace").startswith(beginning):
                 return True
     return False
+
+
+def instance_type(system: Path = Path("/sys")) -> str | None:
+    """Type of this EC2 instance, such as g5.xlarge; None elsewhere, and on Xen, which hides it."""
+    with contextlib.suppress(OSError):
+        name = (system / "class/dmi/id/product_name").read_text(errors="replace").strip()
+        if on_ec2(system) and re.fullmatch(r"[a-z0-9-]+\.[a-z0-9-]+", name):
+            return name
+    return None
 
 
 class OddAnswer(Exception):

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import checkpoint
+import sessions
 from utils import UserError, log, write_atomically
 
 TIMEOUT_S = 20.0  # without a byte from a store, or to it
@@ -37,7 +38,10 @@ INTERRUPTED_S = 20.0  # of one that has to end,
 COMPLETED_S = 3600.0  # and of one that was finished before, where nothing else waits
 
 # What goes with the checkpoints: with these a run goes on, or is exported, on any machine.
-COPIED_FILES = ("config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json")
+COPIED_FILES = (
+    *("config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json"),
+    sessions.FILE,
+)
 SUMS = "SHA256SUMS"
 
 Answer = TypeVar("Answer")
@@ -261,7 +265,10 @@ def start(url: str, folder: Path) -> "Mirror":
                     "go on from there"
                 )
             for name, content in fetched.items():
-                write_atomically(folder / name, content)
+                whole = content
+                if name == sessions.FILE and (folder / name).exists():  # what was paid here counts
+                    whole = sessions.merged(content, (folder / name).read_bytes())
+                write_atomically(folder / name, whole)
         log.info("fetched %s from %s", ", ".join(fetched), url)
     return mirror
 
@@ -272,7 +279,7 @@ class Mirror:
     def __init__(self, url: str, folder: Path, store: Store | None) -> None:
         self.url, self.folder, self.store = url, folder, store
         self.ours: set[str] = set()  # checkpoints there that are of this run, as far as is known
-        self.copied: dict[str, tuple[int, int]] = {}  # what the thread has verified; see _version
+        self.copied: dict[str, tuple[int, ...]] = {}  # what the thread has verified; see _version
         self._changed = threading.Condition()
         self._asked = self._answered = 0  # how often copies were asked for, and up to which one
         self._finishing = False
@@ -358,7 +365,7 @@ class Mirror:
         path = f"checkpoints/{name}"
         if path not in there or path not in self.copied:
             self._put(path, content, there)
-            self.copied[path] = (0, 0)
+            self.copied[path] = ()
             self.ours.add(name)
         found = newest_first({*_checkpoints(there), name})
         kept = found[found.index(name) :][: checkpoint.GENERATIONS_KEPT]
@@ -425,8 +432,9 @@ class Mirror:
     def later_than(self, here: str | None) -> dict[str, bytes]:
         """The mirror's newest checkpoint that is whole and later than the one named `here`.
 
-        Without `here` also the files that go with it, before it. By their names in the run's
-        folder; empty if there is none. Raises UserError as in `start`.
+        Without `here` also the files that go with it, before it, and of these the sessions even
+        where there is no checkpoint. By their names in the run's folder. Raises UserError as in
+        `start`.
         """
         there = self.store.sizes()
         found = newest_first(_checkpoints(there))
@@ -451,12 +459,14 @@ class Mirror:
                 f"every checkpoint of run {self.folder.name} in {self.url} is damaged: remove it "
                 "there, or begin again with another --name"
             )
-        return {}
+        return {} if here else self._whole_files(there, (sessions.FILE,))
 
-    def _whole_files(self, there: dict[str, int]) -> dict[str, bytes]:
+    def _whole_files(
+        self, there: dict[str, int], names: tuple[str, ...] = COPIED_FILES
+    ) -> dict[str, bytes]:
         sums = self._sums(there)
         whole = {}
-        for name in COPIED_FILES:
+        for name in names:
             if name in there:
                 content = self.store.read(name)
                 if (hashlib.sha256(content).hexdigest(), name) in sums:
@@ -501,10 +511,10 @@ def _newest_whole(folder: Path) -> tuple[str, bytes] | None:
     return None
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """What differs once a file is replaced by a rename; raises FileNotFoundError."""
+def _version(path: Path) -> tuple[int, ...]:
+    """What differs once a file is replaced or added to; raises FileNotFoundError."""
     found = path.stat()
-    return found.st_ino, found.st_mtime_ns
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _patiently(action: Callable[[], Answer]) -> Answer:

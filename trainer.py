@@ -9,8 +9,9 @@ on one A10G for $26.41; this code has not been run on ImageNet yet.
 
 Reads a folder of training and one of validation images. Writes into runs/<name>/: config.json,
 metrics.jsonl, train.log, checkpoints/, best.pt and last.pt (weights under torchvision's names) and
-result.json. The same command again goes on where the run was. Exit code 75 says that a signal, or
-EC2's notice that it takes the instance, stopped it with everything saved.
+result.json; sessions.jsonl tells what each start cost. The same command again goes on where the run
+was. Exit code 75 says that a signal, or EC2's notice that it takes the instance, stopped it with
+everything saved, 76 that its budget is spent.
 """
 
 import contextlib
@@ -34,8 +35,10 @@ import data
 import image_files
 import interruption
 import mirror
+import sessions
 from model import ResNet50Wrapper, load_weights
 from utils import (
+    EXIT_BUDGET,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
@@ -94,6 +97,7 @@ class Run:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
     epoch_s: float = 0.0  # seconds of training in the epoch under way
     elapsed_s: float = 0.0  # seconds of training and validation in all
+    spent_usd: float = 0.0  # price of all starts so far
     # The trouble on its way from a GPU, and what tells that it has arrived.
     arriving: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
@@ -364,11 +368,8 @@ class Progress:
             f"ETA {format_duration(left_s)}",
         ]
         if config.price_per_hour:
-            spent, whole = (
-                config.price_per_hour * seconds / 3600
-                for seconds in (run.elapsed_s, run.elapsed_s + left_s)
-            )
-            parts.append(f"${spent:.2f} of ${whole:.2f}")
+            whole = run.spent_usd + config.price_per_hour * left_s / 3600
+            parts.append(f"${run.spent_usd:.2f} of ${whole:.2f}")
         self.bar.set_postfix_str("  ".join(parts))
         where = f"epoch {self.epoch + 1}/{total_epochs(config)}"
         log.debug(
@@ -588,6 +589,7 @@ def describe_hardware(run: Run) -> dict[str, Any]:
     return {
         "gpu": gpu.name if gpu else None,
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
+        "instance_type": interruption.instance_type(),
         "precision": run.precision,
         **describe_computer(),
     }
@@ -726,7 +728,6 @@ def report(
     torch.backends.cudnn.allow_tf32 = False  # which a GPU would otherwise take for fp32
     val = evaluate(model, val_batches, run.device, "fp32", heed)
     best = max(run.history, key=lambda row: row["val_top1"])  # the first of equals, as saved
-    price = config.price_per_hour * run.elapsed_s / 3600
     result = {
         "epochs": total_epochs(config),
         "weights": "best.pt",
@@ -735,13 +736,14 @@ def report(
         "protocol": f"shorter side to {config.val_resize_px} px, centre crop {config.val_px} px, "
         "one view, fp32",
         "elapsed_s": run.elapsed_s,
-        "price_usd": price,
+        "price_usd": run.spent_usd,
     }
     write_json(folder / "result.json", result)
     log.info(
         "finished in %s%s: best.pt, of epoch %d, has loss %.4f, top-1 %.2f %% and top-5 %.2f %% on "
         "%s validation images",
-        format_duration(run.elapsed_s), f" for ${price:.2f}" * bool(price), best["epoch"],
+        format_duration(run.elapsed_s), f" for ${run.spent_usd:.2f}" * bool(run.spent_usd),
+        best["epoch"],
         val["val_loss"], val["val_top1"], val["val_top5"], f"{val['val_images']:,}",
     )  # fmt: skip
 
@@ -755,6 +757,25 @@ def write_tensorboard(folder: Path, history: list[dict[str, Any]]) -> None:
         for row in history:
             for key, value in row.items():
                 writer.add_scalar(key.replace("_", "/", 1), value, row["epoch"])
+
+
+def say_interrupted(
+    run: Run, config: Config, requests: interruption.Requests, session: sessions.Session
+) -> int:
+    """Say and note why the run stops, and that it is saved; returns the exit code."""
+    epoch = min(len(run.history) + 1, total_epochs(config))
+    saved = f"in epoch {epoch}, everything is saved after step {run.step}"
+    if not requests.stop:
+        session.ending = sessions.BUDGET
+        log.info(
+            "the budget of $%.2f is spent, with $%.2f, %s: a higher --budget-usd goes on",
+            config.budget_usd, run.spent_usd, saved,
+        )  # fmt: skip
+        return EXIT_BUDGET
+    session.ending = sessions.EC2_NOTICE if requests.notice else sessions.SIGNAL
+    interruption.tell_saved(requests)
+    log.info("interrupted %s: the same command goes on", saved)
+    return EXIT_INTERRUPTED
 
 
 # ------------------------------------------------------------------------------ the stage
@@ -779,6 +800,9 @@ def main() -> None:
         if say_if_finished(folder, config, state):
             copies.finish(mirror.COMPLETED_S)
             return
+    if not options.dry_run and sessions.budget_is_spent(folder, config):
+        copies.finish(mirror.COMPLETED_S)
+        sys.exit(EXIT_BUDGET)
     train_set, val_set, skipped = image_files.open_images(
         config, state and state["images"]["skipped"]
     )
@@ -796,11 +820,15 @@ def main() -> None:
     lock = checkpoint.lock(folder)
     checkpoint.check_newest(folder / "checkpoints", state)
     start_log(folder / "train.log")
-    save_config(folder, config, train_set.classes, describe_hardware(run))
+    hardware = describe_hardware(run)
+    save_config(folder, config, train_set.classes, hardware)
     describe_run(run, config, train_set, val_set, skipped)
     if state is not None:
         resume(run, state, folder)
 
+    interruption.watch_ec2(requests)
+    steps_and_epochs = run.step, len(run.history)
+    session = sessions.Session(folder, config.price_per_hour, hardware, *steps_and_epochs)
     copies.copy()  # what the last start did not come to copy
     saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
@@ -808,12 +836,14 @@ def main() -> None:
     def save() -> None:
         # What a GPU has counted but not yet told; the copies of the state wait for it too.
         refuse_trouble(run, run.totals["trouble"].tolist())
+        session.beat(run.step, len(run.history), now=True)
         saver.save({**run.state(), **identity})
 
     def heed() -> None:
-        """Stop or save if that was asked for; stop if the last save failed."""
+        """Stop or save as asked; stop if the last save failed, or the budget is spent."""
         saver.check()
-        if requests.stop:
+        run.spent_usd = session.beat(run.step, len(run.history))
+        if requests.stop or 0 < config.budget_usd <= run.spent_usd:
             raise Interrupted
         if requests.save:
             requests.save = False  # before saving: a request that comes meanwhile is another one
@@ -823,29 +853,25 @@ def main() -> None:
             seconds = time.monotonic() - started
             log.info("saved after step %d, as asked, in %.1f s", run.step, seconds)
 
-    interruption.watch_ec2(requests)
     requests.nothing_to_save = False
     short_of_memory = False
     last_copies_s = mirror.INTERRUPTED_S
     with contextlib.ExitStack() as at_end:  # each is called, whatever the others raise
         at_end.callback(lock.close)
         at_end.callback(lambda: copies.finish(last_copies_s))
+        at_end.callback(session.end)
         at_end.callback(saver.wait)
         try:
             train_epochs(run, config, folder, train_set, val_set, save, heed)
             run.model.eval()
             report(run, config, folder, val_set, heed)
             last_copies_s = mirror.FINISHED_S
+            session.ending = sessions.FINISHED
         except Interrupted:
             save()
             saver.wait()
-            interruption.tell_saved(requests)
-            log.info(
-                "interrupted in epoch %d, everything is saved after step %d: the same command "
-                "goes on",
-                min(len(run.history) + 1, total_epochs(config)), run.step,
-            )  # fmt: skip
-            sys.exit(EXIT_INTERRUPTED)
+            last_copies_s = mirror.INTERRUPTED_S if requests.stop else mirror.FINISHED_S
+            sys.exit(say_interrupted(run, config, requests, session))
         except UserError as error:
             if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
                 save()

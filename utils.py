@@ -42,6 +42,7 @@ PX_STEP = 32  # ResNet-50 halves a picture five times
 EXIT_FAILED = 1  # training itself went wrong, for example a loss that is not a number
 EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is wrong
 EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
+EXIT_BUDGET = 76  # the budget is spent, everything is saved; only a higher one goes on
 
 # System errors that a user can mend: a disk that is full or not theirs to write to, and a file or a
 # name in the place of a folder.
@@ -140,6 +141,8 @@ class Config:
     """seconds between two progress lines"""
     price_per_hour: float = 0.97
     """US dollars an hour of the machine, for the price in the progress line; 0 leaves it out"""
+    budget_usd: float = 0.0
+    """US dollars at which the run stops with everything saved; 0: no budget"""
     tensorboard: bool = False
     """write TensorBoard logs into the run's folder too"""
 
@@ -173,6 +176,7 @@ FREE_SETTINGS = frozenset(
         "mirror",
         "log_interval_s",
         "price_per_hour",
+        "budget_usd",
         "tensorboard",
     }
 )
@@ -282,7 +286,7 @@ def check_config(config: Config) -> None:
     if config.batch_size == 1:
         raise UserError("batch_size is 1: it must be 2 or more, for BatchNorm's statistics")
     not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
-    for field in (*not_negative, "price_per_hour"):
+    for field in (*not_negative, "price_per_hour", "budget_usd"):
         value = getattr(config, field)
         if not 0 <= value < math.inf:
             raise UserError(f"{field} is {value}: it must be 0 or more")
@@ -309,7 +313,16 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"val_resize_px is {config.val_resize_px}: it must be at least val_px, {config.val_px}"
         )
+    _check_budget(config)
     run_folder(config.runs_folder, config.name)
+
+
+def _check_budget(config: Config) -> None:
+    if config.budget_usd and not config.price_per_hour:
+        raise UserError(
+            f"budget_usd is {config.budget_usd} and price_per_hour 0: give --price-per-hour, by "
+            "which the price is counted"
+        )
 
 
 def run_stage(main: Callable[[], None]) -> None:

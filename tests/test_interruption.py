@@ -24,6 +24,7 @@ from test_trainer import TIMES, as_options, outcome, run_folder, train
 
 import checkpoint
 import interruption
+import sessions
 from interruption import NOTICE_PATH, REBALANCE_PATH, TOKEN_PATH, MetadataService, Requests
 from utils import UserError
 
@@ -474,11 +475,17 @@ def test_an_instance_is_known_by_its_firmware(tmp_path: Path) -> None:
         ("hypervisor/uuid", "2f9c1e07-ec2f-1234-1234-123456789012\n", False),
     )
     assert not interruption.on_ec2(tmp_path / "none")
+    assert interruption.instance_type(tmp_path / "none") is None
     for number, (path, content, expected) in enumerate(cases):
         system = tmp_path / str(number)
         (system / path).parent.mkdir(parents=True)
         (system / path).write_text(content)
         assert interruption.on_ec2(system) == expected
+        product = system / "class/dmi/id/product_name"
+        product.parent.mkdir(parents=True, exist_ok=True)
+        for name, known in (("g5.xlarge", expected), ("HVM domU", False)):
+            product.write_text(f"{name}\n")
+            assert interruption.instance_type(system) == (name if known else None)
 
 
 @pytest.mark.parametrize(
@@ -605,6 +612,8 @@ def test_signals_in_training_and_both_validations_change_nothing(
 
     train(stopped)
     assert outcome(stopped) == outcome(settings)
+    ends = [line["ended"] for line in sessions.read(folder) if line["ended"]]
+    assert ends == ["signal", "signal", "signal", "finished"]
 
 
 def test_a_state_that_is_saved_in_a_validation_is_like_any_other(tmp_path: Path) -> None:

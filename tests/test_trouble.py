@@ -23,6 +23,7 @@ from test_trainer import (  # noqa: F401 (fixtures are among them)
 )
 
 import checkpoint
+import sessions
 import trainer
 import utils
 from utils import Config, UserError
@@ -98,6 +99,7 @@ def test_a_nan_stops_at_its_step_and_the_same_command_goes_on_from_before_it(
     assert state is not None and state["step"] == 3
     assert all(weight.isfinite().all() for weight in state["model"].values())
     assert "the loss is not a number" in (run_folder(settings) / "train.log").read_text()
+    assert sessions.read(run_folder(settings))[-1]["ended"] == "failed"
 
     done = train_with(LEAPING_CLOCK, settings)
     assert done.returncode == 0, done.stderr

@@ -437,7 +437,7 @@ def draw(name: str, summary: dict[str, Any]) -> Figure:
     scale_dollars(axes, [point["usd"] for point in points] + list(itertools.chain(*stops.values())))
     axes.set(ylabel="validation top-1 (%)", ylim=(0, 1.08 * max(p["val_top1"] for p in points)))
     figure.legend(loc="outside lower center", ncols=2)
-    so_far = " so far" * (summary["ended"] != sessions.FINISHED)
+    so_far = " so far" * (summary["ended"] not in (sessions.FINISHED, UNKNOWN))
     figure.suptitle(f"{name}: {dollars(summary['usd'])}{so_far}", fontsize=16)
     return figure
 
@@ -455,6 +455,7 @@ def interruptions_usd(summary: dict[str, Any]) -> dict[str, list[float]]:
 def scale_dollars(axes: Axes, values: list[float]) -> None:
     """An axis on which equal distances are equal factors, for a run may cost a tenth of another."""
     axes.set_xscale("log")
+    values = [usd for usd in values if usd > 0]  # hours without a price stand nowhere
     low, high = min(values) / 1.4, max(values) * 1.4
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     factors = (1, 2, 5) if len(decades) < 4 else (1,)

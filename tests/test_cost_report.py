@@ -275,6 +275,10 @@ def test_a_run_without_a_price_has_its_hours(
     assert "No price is known: give --price-per-hour" in out
     assert "3.00 h" in out
     assert not (folder / "cost.png").exists()
+    # The second start has a price, and the interruption before it none.
+    write_lines(folder, [{**line, "price_per_hour": 0.0} for line in LINES[:4]] + LINES[4:])
+    assert math.isclose(record(folder)["usd"], 0.5)
+    assert (folder / "cost.png").exists()
 
 
 def test_older_runs_are_as_long_as_their_metrics_say(folder: Path, tmp_path: Path) -> None:

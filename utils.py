@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -140,6 +140,8 @@ class Config:
     """seconds between two progress lines"""
     price_per_hour: float = 0.97
     """US dollars an hour of the machine, for the price in the progress line; 0 leaves it out"""
+    budget_usd: float = 0.0
+    """US dollars at which the run stops with everything saved; 0: no budget"""
     tensorboard: bool = False
     """write TensorBoard logs into the run's folder too"""
 
@@ -173,6 +175,7 @@ FREE_SETTINGS = frozenset(
         "mirror",
         "log_interval_s",
         "price_per_hour",
+        "budget_usd",
         "tensorboard",
     }
 )
@@ -282,7 +285,7 @@ def check_config(config: Config) -> None:
     if config.batch_size == 1:
         raise UserError("batch_size is 1: it must be 2 or more, for BatchNorm's statistics")
     not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
-    for field in (*not_negative, "price_per_hour"):
+    for field in (*not_negative, "price_per_hour", "budget_usd"):
         value = getattr(config, field)
         if not 0 <= value < math.inf:
             raise UserError(f"{field} is {value}: it must be 0 or more")
@@ -500,6 +503,16 @@ def start_log(path: Path | None) -> None:
 
 
 # ------------------------------------------------------------------------------ small arithmetic
+
+
+def total_epochs(config: Config) -> int:
+    """Epochs after which the run is finished."""
+    return config.epochs + config.extra_epochs
+
+
+def steps_per_epoch(config: Config, images: Sized) -> int:
+    """Optimizer steps in an epoch of these images; the last one may have a smaller batch."""
+    return math.ceil(len(images) / config.batch_size)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:

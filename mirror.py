@@ -305,6 +305,7 @@ def try_access(url: str, folder: Path) -> Access:
     refused: dict[str, str] = {}
     there: dict[str, int] = {}
     written = False
+    is_new = isinstance(store, _FolderStore) and not store.folder.exists()
     try:
         there = store.sizes()
     except Exception as error:  # of many kinds, as in start
@@ -323,8 +324,8 @@ def try_access(url: str, folder: Path) -> Access:
                 if action == "write":
                     break
             written = written or action == "write"
-        if isinstance(store, _FolderStore):
-            with contextlib.suppress(OSError):  # what else is in there stays
+        if is_new:
+            with contextlib.suppress(OSError):
                 store.folder.rmdir()
     return Access(
         newest_first(_checkpoints(there)),

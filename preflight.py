@@ -456,7 +456,9 @@ def check_limits(config: Config) -> Finding:
         check_open_files(config.workers)
     except UserError as error:
         return Finding(PROBLEM, str(error))
-    return Finding(OK, f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} may be open")
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    number = "any number" if allowed == resource.RLIM_INFINITY else f"{allowed:,}"
+    return Finding(OK, f"{number} may be open")
 
 
 def check_room(folder: Path) -> Finding:

@@ -143,7 +143,7 @@ def test_all_that_is_wrong_is_told_at_once(
 def test_a_volume_that_still_loads_and_a_budget_that_is_too_small(
     settings: Settings, slow_store: "SlowStore"
 ) -> None:
-    with slow_store(first_ms=120, again_ms=0) as store:
+    with slow_store(first_ms=60, again_ms=0) as store:
         done = dry_run(
             {**settings, "train_folder_name": store, "val_folder_name": store, "epochs": 1},
             *("--price-per-hour", 3600, "--budget-usd", 2),
@@ -169,10 +169,6 @@ def test_whether_a_run_begins_goes_on_or_is_finished(settings: Settings, tmp_pat
     train(settings)
     folder = run_folder(settings)
     before = tree(tmp_path)
-    finished = dry_run(settings)
-    assert finished.returncode == 0
-    assert "run run is finished: 1 epochs" in checks(finished.stdout)["run"][1]
-    assert "a step" not in finished.stdout
     # Extended, it goes on; what is left is what is estimated.
     extended = dry_run(settings, "--extra-epochs", 2)
     assert "1 of 3 epochs are finished, 3 steps taken" in checks(extended.stdout)["run"][1]
@@ -182,6 +178,8 @@ def test_whether_a_run_begins_goes_on_or_is_finished(settings: Settings, tmp_pat
     state = checkpoint.load_latest(folder / "checkpoints")
     config = Config(**settings)
     access = mirror.try_access(config.mirror, folder)
+    level, text = preflight.check_run(config, folder, state, state["images"], access)
+    assert level == "ok" and text.startswith("run run is finished: 1 epochs")
     level, text = preflight.check_run(config, tmp_path / "empty", None, {}, access)
     assert level == "ok" and "the mirror is fetched, and the run goes on after epoch 1" in text
     further = dataclasses.replace(
@@ -347,9 +345,12 @@ def test_an_instance_says_what_it_is(
 
 
 def test_batches_that_are_larger_than_memory() -> None:
-    assert preflight.check_memory(Config()).level in ("ok", "PROBLEM")
-    level, text = preflight.check_memory(Config(batch_size=10**9))
+    level, text = preflight.check_memory(Config(batch_size=10**9), torch.device("cuda"))
     assert level == "PROBLEM" and "--batch-size" in text
+    on_cpu, on_gpu = (
+        preflight.needed_memory(Config(), torch.device(kind)) for kind in ("cpu", "cuda")
+    )
+    assert on_gpu < 3e9 and 30e9 < on_cpu < 40e9  # the reference recipe, which needs a GPU
 
 
 def test_an_unlimited_number_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,14 +427,11 @@ def test_a_slow_disk_is_told_from_one_that_still_loads(
     config = Config(batch_size=8, workers=2, epochs=3)
     with slow_store(first_ms, again_ms) as path:
         reading = preflight.read_at_random(config, image_files.open_image_set(path, "train"))
-    assert reading.is_lazy == (sign == "still loads from its snapshot")
     # As if a GPU took 100 a second, and memory kept nothing.
     timings, epochs_s = {224: preflight.Timing(0.08, 0.08, 6)}, [0.6] * 3
     waits_s = preflight.disk_waits(reading, 60, epochs_s, kept=0.0)
     found = preflight.check_disk(config, reading, 60, timings, epochs_s, waits_s)
-    if level == "ok":
-        assert reading.first > 100 and waits_s == [0, 0, 0]
-    assert (found.level == "ok") == (level == "ok")
+    assert found.level == level, found.text
     assert sign in found.text
 
 

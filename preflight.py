@@ -663,7 +663,8 @@ def time_steps(
     step: Callable[[torch.Tensor, torch.Tensor], object],
 ) -> Timing:
     """Time some steps at one size, with all that they wait for."""
-    order = np.resize(indexes, TIMED_STEPS * config.batch_size)  # repeated where they are few
+    steps = min(TIMED_STEPS, steps_per_epoch(config, train_set))
+    order = np.resize(indexes, steps * config.batch_size)  # repeated where they are few
     fill = functools.partial(data.fill_train, config, 0)
     batches = data.batches(
         train_set, fill, order, config.batch_size, px, config.workers, pin=device.type == "cuda"
@@ -727,7 +728,9 @@ def tell_estimate(
     else:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     text = f"estimate: {format_duration(left_s / epochs)} an epoch, {format_duration(left_s)} for "
-    text += f"{epochs} epochs" if epochs == total_epochs(config) else f"the {epochs} epochs left"
+    plural = "s" * (epochs > 1)
+    whole = epochs == total_epochs(config)
+    text += f"{epochs} epoch{plural}" if whole else f"the {epochs} epoch{plural} left"
     if waiting_s:
         text += f" ({format_duration(waiting_s)} of it waiting for the disk)"
     text += f", {peak_bytes / 1e9:.1f} GB of {'GPU' if device.type == 'cuda' else 'main'} memory"

@@ -78,10 +78,10 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
+def load_latest(folder: Path, tidy: bool = True) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, on the CPU; None if the folder holds none at all.
 
-    Raises UserError if it holds some and all are damaged.
+    Damaged ones are renamed, unless `tidy` is false. Raises UserError if all are damaged.
     """
     damaged = []
     for path in _generations(folder):
@@ -95,7 +95,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             log.warning("%s is damaged (%s): left aside", path, reason)
             damaged.append(path)
             continue
-        for other in damaged:  # lest the next save keeps one of them as its second generation
+        # Lest the next save keeps one of them as its second generation.
+        for other in damaged if tidy else ():
             with contextlib.suppress(OSError):
                 other.rename(other.with_name(f".{other.name}.tmp"))
         return state
@@ -190,8 +191,16 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
 
 
 def prepare_folder(folder: Path, weights_bytes: int) -> None:
-    """Make a run's folder; raises UserError if it cannot be written to or has too little room."""
-    # The folder is made last, so that a refusal leaves none behind.
+    """Make a run's folder; raises UserError as check_room does."""
+    check_room(folder, weights_bytes)  # before, so that a refusal leaves no folder behind
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
+def check_room(folder: Path, weights_bytes: int) -> tuple[int, int]:
+    """Bytes that are free for a run's folder, and that it still needs, 0 or more.
+
+    Raises UserError if it cannot be written to or has too little room.
+    """
     existing = check_writable(folder, "--runs-folder")
     # Checkpoints of weights and momentum, of which one may be under way, and two weight files, of
     # which the same holds.
@@ -204,7 +213,7 @@ def prepare_folder(folder: Path, weights_bytes: int) -> None:
             f"{(needed_bytes - held_bytes) / 1e6:,.0f} MB for checkpoints: make room, or choose "
             "another --runs-folder"
         )
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return free_bytes, max(0, needed_bytes - held_bytes)
 
 
 def lock(folder: Path) -> BinaryIO:

@@ -140,6 +140,16 @@ class ImageSet:
         if self.store is not None:
             self.store.read_ahead(self.positions[indexes])
 
+    def forget(self, indexes: np.ndarray) -> None:
+        """Have the kernel drop images from memory, so that reading them reads the disk."""
+        if self.store is not None:
+            self.store.forget(self.positions[indexes])
+            return
+        for index in indexes.tolist():
+            with open(self.path(index), "rb", buffering=0) as file:
+                os.fsync(file.fileno())  # what is not yet written stays in memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def empty_classes(self) -> list[str]:
         """Classes that have no image."""
         counts = np.bincount(self.labels, minlength=len(self.classes))

@@ -104,16 +104,18 @@ def tell_saved(requests: Requests) -> None:
 
 
 def watch_ec2(requests: Requests) -> None:
-    """Let a thread ask EC2 for its notices if this is an instance, or an address is set.
+    """Let a thread ask EC2 for its notices if there is somebody to ask; see metadata_service."""
+    service = metadata_service()
+    if service is not None:
+        threading.Thread(target=service.watch, args=[requests], name="ec2", daemon=True).start()
 
-    Raises UserError for an address that is none.
-    """
+
+def metadata_service() -> "MetadataService | None":
+    """EC2's, if this is an instance or an address is set; raises UserError for one that is none."""
     endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "")
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
-        return
-    if endpoint or on_ec2():
-        service = MetadataService(endpoint or DEFAULT_ENDPOINT)
-        threading.Thread(target=service.watch, args=[requests], name="ec2", daemon=True).start()
+        return None
+    return MetadataService(endpoint or DEFAULT_ENDPOINT) if endpoint or on_ec2() else None
 
 
 def on_ec2(system: Path = Path("/sys")) -> bool:
@@ -201,13 +203,7 @@ class MetadataService:
 
     def item(self, path: str) -> dict[str, Any] | None:
         """A JSON object, None where the service has none; raises OddAnswer."""
-        for _ in range(2):
-            if time.monotonic() >= self.token_until:
-                self._renew_token()
-            status, body = self._ask("GET", path, {"X-aws-ec2-metadata-token": self.token})
-            if status != 401:  # the token is no longer known
-                break
-            self.token_until = 0.0
+        status, body = self._get(path)
         if status == 404:
             return None
         with contextlib.suppress(ValueError):
@@ -215,6 +211,23 @@ class MetadataService:
             if status == 200 and isinstance(value, dict):
                 return value
         raise OddAnswer(f"GET {path}: status {status}, {len(body)} bytes")
+
+    def text(self, path: str) -> str:
+        """A word, such as the instance's type; raises OddAnswer."""
+        status, body = self._get(path)
+        if status == 200 and re.fullmatch(rb"[\w.-]{1,40}", body):
+            return body.decode()
+        raise OddAnswer(f"GET {path}: status {status}, {len(body)} bytes")
+
+    def _get(self, path: str) -> tuple[int, bytes]:
+        for _ in range(2):
+            if time.monotonic() >= self.token_until:
+                self._renew_token()
+            status, body = self._ask("GET", path, {"X-aws-ec2-metadata-token": self.token})
+            if status != 401:  # the token is no longer known
+                break
+            self.token_until = 0.0
+        return status, body
 
     def _renew_token(self) -> None:
         asked_at = time.monotonic()

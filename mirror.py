@@ -16,9 +16,12 @@ and when it ends, and tried again ever more seldom, at least once a minute.
 
 import base64
 import contextlib
+import dataclasses
+import email.utils
 import hashlib
 import io
 import re
+import secrets
 import tempfile
 import threading
 import time
@@ -112,6 +115,14 @@ class _S3Store:
             connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
         )
         self.client = boto3.session.Session().client("s3", config=config)
+        self.clock_ahead_s: float | None = None  # of this machine, by the store's last answer
+        self.client.meta.events.register("after-call.s3", self._note_clock)
+
+    def _note_clock(self, parsed: dict[str, Any], **_: object) -> None:
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            date = parsed["ResponseMetadata"]["HTTPHeaders"]["date"]
+            there = email.utils.parsedate_to_datetime(date).timestamp()
+            self.clock_ahead_s = time.time() - there
 
     def sizes(self) -> dict[str, int]:
         pages = self.client.get_paginator("list_objects_v2").paginate(
@@ -237,9 +248,7 @@ def start(url: str, folder: Path) -> "Mirror":
     """
     if not url:
         return Mirror(url, folder, None)
-    store = open_store(url, folder.name)
-    if isinstance(store, _FolderStore) and store.folder.resolve() == folder.resolve():
-        raise UserError(f"--mirror {url} is where the run itself is: name another disk")
+    store = _open_other(url, folder)
     mirror = Mirror(url, folder, store)
     newest = _newest_whole(folder)
     here = newest[0] if newest else None
@@ -271,6 +280,103 @@ def start(url: str, folder: Path) -> "Mirror":
                 write_atomically(folder / name, whole)
         log.info("fetched %s from %s", ", ".join(fetched), url)
     return mirror
+
+
+def _open_other(url: str, folder: Path) -> Store:
+    """The store of a run's mirror; raises UserError if there can be none, or it is the run's."""
+    store = open_store(url, folder.name)
+    if isinstance(store, _FolderStore) and store.folder.resolve() == folder.resolve():
+        raise UserError(f"--mirror {url} is where the run itself is: name another disk")
+    return store
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What a mirror lets this machine do."""
+
+    checkpoints: list[str]  # names of those that are there, the newest first
+    refused: dict[str, str]  # of "list", "write", "read" and "remove" those that fail, and why
+    advice: str = ""  # what to do about it
+    left_behind: str = ""  # name of a file that could not be removed
+    clock_ahead_s: float | None = None  # of this machine's clock, by that of an S3 store
+
+
+def try_access(url: str, folder: Path) -> Access:
+    """Do with a small file what a mirror has to be able to do, and remove it.
+
+    Each is tried once, in a repo of Hugging Face as two commits. Raises UserError for an address
+    that can be none.
+    """
+    store = _open_other(url, folder)
+    name = f"preflight-{secrets.token_hex(8)}"
+    refused: dict[str, str] = {}
+    there: dict[str, int] = {}
+    written = False
+    is_new = isinstance(store, _FolderStore) and not store.folder.exists()
+    try:
+        there = store.sizes()
+    except Exception as error:  # of many kinds, as in start
+        refused["list"] = _in_words(error)
+    # Where something else than a permission is missing, all others would fail likewise.
+    if not refused or " 403" in refused["list"]:
+        for action, try_it in (
+            ("write", lambda: store.write(name, name.encode())),
+            ("read", lambda: _expect(store.read(name) == name.encode())),
+            ("remove", lambda: store.remove(name)),
+        ):
+            try:
+                try_it()
+            except Exception as error:
+                refused[action] = _in_words(error)
+                if action == "write":
+                    break
+            written = written or action == "write"
+        if is_new:
+            with contextlib.suppress(OSError):
+                store.folder.rmdir()
+    return Access(
+        newest_first(_checkpoints(there)),
+        refused,
+        _advise(url, refused),
+        name if written and "remove" in refused else "",
+        getattr(store, "clock_ahead_s", None),
+    )
+
+
+def _expect(same: bool) -> None:
+    if not same:
+        raise MirrorError("what was sent comes back changed")
+
+
+S3_PERMISSIONS = {
+    "list": "s3:ListBucket",
+    "write": "s3:PutObject",
+    "read": "s3:GetObject",
+    "remove": "s3:DeleteObject",
+}
+
+
+def _advise(url: str, refused: dict[str, str]) -> str:
+    """What to do where a mirror refuses something."""
+    whys = " ".join(refused.values())
+    scheme, _, place = url.partition("://")
+    bucket = place.split("/")[0]
+    missing = ", ".join(S3_PERMISSIONS[action] for action in refused)
+    cases = {
+        "RequestTimeTooSkewed": "set this machine's clock",
+        "no credentials": "without them there is no mirror",
+    }
+    if scheme == "s3":
+        cases["AccessDenied"] = f"allow this machine's role or user {missing} on bucket {bucket}"
+        cases[" 404"] = f"create bucket {bucket}, or correct the address"
+        cases |= dict.fromkeys((" 403", " 400"), "give it credentials that are valid")
+    elif scheme == "hf":
+        token = "create the repo, or set HF_TOKEN to a token that may write to it"
+        cases |= dict.fromkeys((" 401", " 403", " 404"), token)
+    else:
+        return "mount that disk, or let this user write there"
+    network = "mend the network, or correct the address (AWS_ENDPOINT_URL names another S3 store)"
+    return next((advice for sign, advice in cases.items() if sign in whys), network)
 
 
 class Mirror:

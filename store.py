@@ -109,6 +109,18 @@ class Store:
             for offset, size in zip(offsets, sizes, strict=True):
                 os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
+    def forget(self, positions: np.ndarray) -> None:
+        """Have the kernel drop pictures from memory; those that another process maps stay."""
+        places = self.records[positions]
+        offsets, sizes = places["offset"].tolist(), places["size"].tolist()
+        with open(self.path, "rb", buffering=0) as file:
+            os.fsync(file.fileno())  # what is not yet written stays in memory
+            for offset, size in zip(offsets, sizes, strict=True):
+                page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+                end = -(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages alone go
+                self.mapping.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
+                os.posix_fadvise(file.fileno(), page, end - page, os.POSIX_FADV_DONTNEED)
+
     def entry(self, position: int) -> str:
         """Name of a picture in the ZIP: "train/class/name". Takes milliseconds: for messages."""
         ends = np.flatnonzero(np.frombuffer(self.names, np.uint8) == ord("\n"))

@@ -16,16 +16,13 @@ everything saved, 76 that its budget is spent.
 
 import contextlib
 import dataclasses
-import itertools
-import math
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import tqdm
@@ -35,6 +32,7 @@ import data
 import image_files
 import interruption
 import mirror
+import preflight
 import sessions
 from model import ResNet50Wrapper, load_weights
 from utils import (
@@ -46,7 +44,6 @@ from utils import (
     ConfigOptions,
     UserError,
     check_config,
-    describe_computer,
     format_duration,
     keep_freed_memory,
     learning_rate,
@@ -57,6 +54,8 @@ from utils import (
     run_stage,
     save_config,
     start_log,
+    steps_per_epoch,
+    total_epochs,
     train_px,
     write_atomically,
     write_json,
@@ -64,8 +63,6 @@ from utils import (
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32; a checkpoint holds the momentum beside it
-OPEN_FILES = 64  # of a process with PyTorch, beside one for each thread that decodes
 # Steps in a row that fp16's loss scaling may skip: it halves its scale at each, and a sound run
 # needs a few at its beginning, then one now and then. After 166 the scale would be 0 for good.
 SKIPS_ALLOWED = 10
@@ -77,7 +74,8 @@ class TrainerOptions:
 
     config: ConfigOptions
     dry_run: bool = False
-    """train nothing: print settings, data, schedule and an estimate of time, memory and price"""
+    """train nothing: print settings, schedule, what was checked (GPU, disks, mirror, clock, budget)
+    and an estimate of time, memory and price; exit code 2 if there is a problem"""
 
 
 @dataclasses.dataclass
@@ -431,11 +429,6 @@ def finish_epoch(
 # ------------------------------------------------------------------------------ before training
 
 
-def steps_per_epoch(config: Config, train_set: image_files.ImageSet) -> int:
-    """Optimizer steps in an epoch; the last one may have a smaller batch."""
-    return math.ceil(len(train_set) / config.batch_size)
-
-
 def steps_left(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
     """Steps from `step`, in `epoch`, to the end of the run, as so many of that epoch's size.
 
@@ -445,11 +438,6 @@ def steps_left(config: Config, epoch: int, step: int, steps_per_epoch: int) -> f
     later = range(epoch + 1, total_epochs(config))
     shares = sum((train_px(config, other) / px) ** 2 for other in later)
     return (epoch + 1) * steps_per_epoch - step + shares * steps_per_epoch
-
-
-def total_epochs(config: Config) -> int:
-    """Epochs after which the run is finished."""
-    return config.epochs + config.extra_epochs
 
 
 def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> Config:
@@ -496,17 +484,6 @@ def choose_precision(config: Config, device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
-
-
-def check_open_files(workers: int) -> None:
-    """Refuse a limit of open files that training would run into; raises UserError."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = OPEN_FILES + workers
-    if allowed != resource.RLIM_INFINITY and allowed < needed:
-        raise UserError(
-            f"this shell allows {allowed} open files, {workers} workers need {needed}: allow more "
-            "with `ulimit -n 1024`, or use fewer --workers"
-        )
 
 
 def new_run(config: Config, num_classes: int) -> Run:
@@ -564,113 +541,27 @@ def resume(run: Run, state: dict[str, Any], folder: Path) -> None:
         log.warning("it began in %s: its results will differ a little", state["precision"])
 
 
-def say_if_finished(folder: Path, config: Config, state: dict[str, Any]) -> bool:
-    """Whether there is nothing left to do; says so, and what would extend or repeat the run."""
-    epochs = total_epochs(config)
-    # Where one was lost, going on writes it anew from the checkpoint.
-    whole = all((folder / name).exists() for name in ("config.json", "metrics.jsonl"))
-    if len(state["history"]) < epochs or not whole:
-        return False
-    result = read_json(folder / "result.json")
-    if result is None or result["epochs"] != epochs:
-        return False
-    extend = "" if config.extra_epochs else " To extend it: add --extra-epochs N, once."
-    log.info(
-        "run %s is finished: %d epochs, %.2f %% top-1 with the weights of epoch %d.%s To repeat "
-        "it: --name ANOTHER, or remove %s",
-        config.name, epochs, result["val_top1"], result["epoch"], extend, folder,
-    )  # fmt: skip
-    return True
-
-
-def describe_hardware(run: Run) -> dict[str, Any]:
-    """What the run is made on, for config.json."""
-    gpu = torch.cuda.get_device_properties(run.device) if run.device.type == "cuda" else None
-    return {
-        "gpu": gpu.name if gpu else None,
-        "gpu_memory_bytes": gpu.total_memory if gpu else None,
-        "instance_type": interruption.instance_type(),
-        "precision": run.precision,
-        **describe_computer(),
-    }
-
-
 def dry_run(
-    run: Run, config: Config, train_set: image_files.ImageSet, val_set: image_files.ImageSet
-) -> None:
-    """Print the settings, the schedule, and from a few timed steps the time, memory and price."""
-    steps = steps_per_epoch(config, train_set)
-    log.info("settings:")
-    for field, value in dataclasses.asdict(config).items():
-        log.info("  %-20s %s", field, value)
-    log.info("learning rate at the end of each epoch, and side of its training crops:")
-    sizes = [train_px(config, epoch) for epoch in range(total_epochs(config))]
-    for epoch, px in enumerate(sizes, start=1):
-        rate = learning_rate(config, epoch * steps, steps)
-        log.info("  epoch %3d  %.7f  %d px", epoch, rate, px)
-    run.model.train()
-    step_s = {}
-    for px in sorted(set(sizes)):
-        seconds = time_steps(run, dataclasses.replace(config, train_px=px), train_set)
-        step_s[px] = sum(seconds) / len(seconds)
-        log.info(
-            "%d px: %.3f s a step (%.0f img/s), from %d timed steps",
-            px, step_s[px], config.batch_size / step_s[px], len(seconds),
-        )  # fmt: skip
-    # A validation image costs about a third of a training image of its size: there is no backward
-    # pass.
-    val_share = (config.val_px / config.train_px) ** 2 / 3
-    val_s = step_s[config.train_px] * len(val_set) / config.batch_size * val_share
-    whole_s = sum(steps * step_s[px] + val_s for px in sizes)
-    on_gpu = run.device.type == "cuda"
-    if on_gpu:
-        peak_bytes = torch.cuda.max_memory_allocated(run.device)
-    else:
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    log.info(
-        "estimate: %s an epoch, %s for %d epochs, %.1f GB of %s memory, $%.2f at $%.2f an hour",
-        format_duration(whole_s / len(sizes)), format_duration(whole_s), len(sizes),
-        peak_bytes / 1e9, "GPU" if on_gpu else "main",
-        config.price_per_hour * whole_s / 3600, config.price_per_hour,
-    )  # fmt: skip
-
-
-def time_steps(run: Run, config: Config, train_set: image_files.ImageSet) -> list[float]:
-    """Seconds of some steps at train_px, with all that they wait for."""
-    config = dataclasses.replace(config, first_train_px=0)
-    steps = steps_per_epoch(config, train_set)
-    pin = run.device.type == "cuda"
-    batches = data.to_device(data.train_batches(train_set, config, epoch=0, pin=pin), run.device)
-    ends = [time.monotonic()]  # of the steps
-    with contextlib.closing(batches):
-        for _, (images, labels) in zip(range(min(12, steps)), batches, strict=False):
-            train_step(run, images, labels, learning_rate(config, run.step, steps)).item()
-            ends.append(time.monotonic())
-    # From one end to the next, which is what the model or the loader takes, whichever is slower;
-    # the first half warms up, and has batches that were ready before.
-    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    return seconds[len(seconds) // 2 :]
-
-
-def describe_run(
     run: Run,
     config: Config,
+    folder: Path,
+    state: dict[str, Any] | None,
+    images: dict[str, Any],
     train_set: image_files.ImageSet,
     val_set: image_files.ImageSet,
-    skipped: list[str],
-) -> None:
-    """Say what is about to be trained, on which images and hardware."""
-    hardware = describe_hardware(run)
-    log.info(
-        "run %s: %s training and %s validation images in %s classes%s; %s steps of %d an epoch",
-        config.name, f"{len(train_set):,}", f"{len(val_set):,}",
-        f"{len(train_set.classes):,}", f" ({len(skipped)} left out as unreadable)" * bool(skipped),
-        f"{steps_per_epoch(config, train_set):,}", config.batch_size,
-    )  # fmt: skip
-    log.info(
-        "%s, %s, %d decoding threads on %d cores",
-        hardware["gpu"] or hardware["cpu"], run.precision, config.workers, hardware["cpu_cores"],
-    )  # fmt: skip
+) -> NoReturn:
+    """Check and estimate all that can be before training, and end with the exit code for it."""
+    steps = steps_per_epoch(config, train_set)
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        train_step(run, images, labels, learning_rate(config, run.step, steps)).item()
+
+    run.model.train()
+    with contextlib.suppress(torch.OutOfMemoryError):  # and with it the memory of the failed step
+        sys.exit(
+            preflight.dry_run(config, folder, run.device, state, images, train_set, val_set, step)
+        )
+    raise UserError(advise_batch_size(run, config, "batch_size"))
 
 
 # ------------------------------------------------------------------------------ too little memory
@@ -781,6 +672,20 @@ def say_interrupted(
 # ------------------------------------------------------------------------------ the stage
 
 
+def over(config: Config, folder: Path, state: dict[str, Any] | None) -> int | None:
+    """The exit code of a run that may not go on, finished or out of budget, and says so; or None.
+
+    Raises UserError for settings that differ from its checkpoint's.
+    """
+    if state is not None:
+        checkpoint.check_settings(state, config)
+        finished = preflight.tell_finished(folder, config, state)
+        if finished:
+            log.info("%s", finished)
+            return 0
+    return EXIT_BUDGET if sessions.budget_is_spent(folder, config) else None
+
+
 def main() -> None:
     """Train a run to its end, from wherever it stands."""
     requests = interruption.note_signals(nothing_to_save=True)
@@ -791,38 +696,33 @@ def main() -> None:
     folder = run_folder(options.config.runs_folder, options.config.name)
 
     copies = mirror.start("" if options.dry_run else options.config.mirror, folder)
-    state = None if options.dry_run else checkpoint.load_latest(folder / "checkpoints")
+    state = checkpoint.load_latest(folder / "checkpoints", tidy=not options.dry_run)
     config = take_max_lr(options.config, folder, state)
     if state is not None:
         # Settings that are younger than the checkpoint do at their defaults what was done before.
         state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
-        checkpoint.check_settings(state, config)
-        if say_if_finished(folder, config, state):
-            copies.finish(mirror.COMPLETED_S)
-            return
-    if not options.dry_run and sessions.budget_is_spent(folder, config):
+    if not options.dry_run and (exit_code := over(config, folder, state)) is not None:
         copies.finish(mirror.COMPLETED_S)
-        sys.exit(EXIT_BUDGET)
+        sys.exit(exit_code)
     train_set, val_set, skipped = image_files.open_images(
         config, state and state["images"]["skipped"]
     )
     images = {"train": train_set.fingerprint(), "val": val_set.fingerprint(), "skipped": skipped}
-    if state is not None:
+    if state is not None and not options.dry_run:
         checkpoint.check_images(state, images)
     run = new_run(config, len(train_set.classes))
+    hardware = preflight.describe_hardware(run.device, run.precision)
     if options.dry_run:
-        describe_run(run, config, train_set, val_set, skipped)
-        dry_run(run, config, train_set, val_set)
-        return
+        preflight.describe_run(config, hardware, train_set, val_set, skipped)
+        dry_run(run, config, folder, state, images, train_set, val_set)
 
-    check_open_files(config.workers)
-    checkpoint.prepare_folder(folder, WEIGHTS_BYTES)
+    preflight.check_open_files(config.workers)
+    checkpoint.prepare_folder(folder, preflight.WEIGHTS_BYTES)
     lock = checkpoint.lock(folder)
     checkpoint.check_newest(folder / "checkpoints", state)
     start_log(folder / "train.log")
-    hardware = describe_hardware(run)
     save_config(folder, config, train_set.classes, hardware)
-    describe_run(run, config, train_set, val_set, skipped)
+    preflight.describe_run(config, hardware, train_set, val_set, skipped)
     if state is not None:
         resume(run, state, folder)
 

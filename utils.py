@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -513,6 +513,16 @@ def start_log(path: Path | None) -> None:
 
 
 # ------------------------------------------------------------------------------ small arithmetic
+
+
+def total_epochs(config: Config) -> int:
+    """Epochs after which the run is finished."""
+    return config.epochs + config.extra_epochs
+
+
+def steps_per_epoch(config: Config, images: Sized) -> int:
+    """Optimizer steps in an epoch of these images; the last one may have a smaller batch."""
+    return math.ceil(len(images) / config.batch_size)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:

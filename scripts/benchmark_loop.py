@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import image_files
+import preflight
 import trainer
 from utils import ConfigOptions, check_config, parse_options, run_stage, start_log
 
@@ -92,7 +93,7 @@ def main() -> None:
                 "settings": {
                     name: getattr(config, name) for name in ("train_px", "batch_size", "workers")
                 },
-                "hardware": trainer.describe_hardware(run),
+                "hardware": preflight.describe_hardware(run.device, run.precision),
                 "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
             },
             indent=2,

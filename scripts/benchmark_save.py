@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
+import preflight
 import trainer
 from utils import (
     Config,
@@ -124,7 +125,7 @@ def main() -> None:
             "durable_s": [round(value, 3) for value in durable_s],
             "steps_per_s_with_and_without": [[round(rate, 4) for rate in pair] for pair in pairs],
             "lost": {"median": statistics.median(lost), "pairs": lost},
-            "hardware": trainer.describe_hardware(run),
+            "hardware": preflight.describe_hardware(run.device, run.precision),
             "versions": versions(),
         }
         write_json(options.output, record)

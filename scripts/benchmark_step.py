@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import image_files
+import preflight
 import trainer
 import utils
 from utils import (
@@ -402,7 +403,7 @@ def main() -> None:
             "workers": options.workers,
             "threads": torch.get_num_threads(),
         },
-        "hardware": trainer.describe_hardware(run),
+        "hardware": preflight.describe_hardware(run.device, run.precision),
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
         "peak_flops": flops,
         "peak_flops_measured_by": measured_by,

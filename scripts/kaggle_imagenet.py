@@ -399,13 +399,13 @@ def _follow(process: subprocess.Popen, archive: Archive, folder: Path) -> bool:
             ) from None
 
 
-# What the CLI says (kaggle 2.2, kaggle_api_extended.py: format_http_error, print_auth_help).
+# What the CLI says: Kaggle's message or, without one, the code (kaggle 2.2, cli.py: main).
 _SIGNS = {
     "full": r"No space left on device|Disk quota exceeded",
     "storage": r"storage\.googleapis\.com",
     "credentials": r"Authentication required|\b401 Client Error",
-    "forbidden": r"You don't have access to this resource|\b403 Client Error",
-    "missing": r"The resource was not found|\b404 Client Error",
+    "forbidden": r"accept this competition's rules|don't have access|was denied|\b403 Client Error",
+    "missing": r"[Nn]ot found|\b404 Client Error",
     "network": r"Max retries exceeded|Connection ?(?:Error|aborted|broken|reset)|timed out",
 }
 

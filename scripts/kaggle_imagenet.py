@@ -414,10 +414,11 @@ def _explain(
     archive: Archive, folder: Path, words: str, is_full: bool, credentials: Sequence[str]
 ) -> str:
     """Why the CLI failed and what to do, in a line."""
-    # The first line says it, but of a traceback the last. An address may carry a signature that
-    # lets anybody download.
+    # The first line says it, but of a traceback the last, and the system's own words say it best.
+    # An address may carry a signature that lets anybody download.
     line = words.splitlines()[-1 if "Traceback (most" in words else 0]
-    detail = re.sub(r"\?[^\s'\")]*", "?…", line)[:300]
+    system = re.search(r"\[Errno -?\d+\] ([^'\")]+)", line)
+    detail = system[1] if system else re.sub(r"\?[^\s'\")]*", "?…", line)[:300]
     again = "give the same command again"
     gone = (
         f"Kaggle has no {archive.name} for this account ({detail}): look at {archive.page}, "

@@ -336,7 +336,6 @@ def _fetch(archive: Archive, folder: Path, cli: str, credentials: Sequence[str])
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(),
-            start_new_session=True,  # Ctrl-C is this process's, which then ends the CLI
             preexec_fn=_die_with_parent,  # noqa: PLW1509 (no other thread has begun yet)
         )
         try:

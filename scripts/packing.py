@@ -36,6 +36,7 @@ from utils import EXIT_INTERRUPTED, UserError, format_duration, log
 
 LABELS_FILE = "LOC_val_solution.csv"
 LOG_INTERVAL_S = 10.0
+DAMAGED = "damaged in the archive"
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
 
 Read = Callable[[], bytes]  # called by a worker; raises ValueError or OSError
@@ -79,7 +80,7 @@ class ZipSource:
             try:
                 return self.archive.read(info)
             except (*BROKEN, NotImplementedError) as error:
-                raise ValueError(f"damaged in the archive: {error}") from None
+                raise ValueError(f"{DAMAGED}: {error}") from None
 
         for member in members:
             if self.infos[member].flag_bits & 1:
@@ -304,10 +305,10 @@ def _check_classes(source: Source, entries: list[str], folders: set[tuple[str, s
         classes[part].add(class_)
     empty = sorted((part, class_) for part, class_ in folders if class_ not in classes[part])
     if empty:
-        names = _some([f"{part}/{class_}" for part, class_ in empty])
+        names = some([f"{part}/{class_}" for part, class_ in empty])
         raise UserError(f"{names} in {source.path} hold no picture: fill or remove them")
     complaints = [
-        f"{_some(sorted(classes[has] - classes[lacks]))} missing under {lacks}/"
+        f"{some(sorted(classes[has] - classes[lacks]))} missing under {lacks}/"
         for has, lacks in (PARTS, PARTS[::-1])
         if classes[has] - classes[lacks]
     ]
@@ -318,7 +319,8 @@ def _check_classes(source: Source, entries: list[str], folders: set[tuple[str, s
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first five of some names, and how many there are."""
     return ", ".join(names[:5]) + (f", … ({len(names):,} in all)" if len(names) > 5 else "")
 
 
@@ -336,7 +338,10 @@ def read_labels(source: Source, path: Path | None) -> dict[str, str]:
         beside = source.path.resolve().parent / LABELS_FILE
         if inside:
             place = f"{source.names[inside[0]]} in {source.path}"
-            content = next(source.contents(inside[:1]))()
+            try:
+                content = next(source.contents(inside[:1]))()
+            except ValueError as error:
+                raise UserError(f"{place} is {error}: copy or download it again") from None
         elif beside.is_file():
             place, content = str(beside), beside.read_bytes()
         else:
@@ -455,9 +460,9 @@ def add_pictures(
     underway: collections.deque = collections.deque()
     settings = writer.settings["max_side"], writer.settings["quality"]
 
-    def prepare_some(some: list[tuple[str, Read]]) -> list[tuple[str, Prepared | Exception]]:
+    def prepare_few(few: list[tuple[str, Read]]) -> list[tuple[str, Prepared | Exception]]:
         results: list[tuple[str, Prepared | Exception]] = []
-        for entry, read in some:
+        for entry, read in few:
             try:
                 results.append((entry, prepare(read, *settings)))
             except (ValueError, OSError, cv2.error) as error:
@@ -479,9 +484,9 @@ def add_pictures(
     try:
         reads = source.contents([members[at] for at in todo])
         pairs = zip((entries[at] for at in todo), reads, strict=True)
-        # Some pictures a task, since handing over has a price of its own.
-        while not requests.stop and (some := list(itertools.islice(pairs, 4))):
-            underway.append(pool.submit(prepare_some, some))
+        # A few pictures a task, since handing over has a price of its own.
+        while not requests.stop and (few := list(itertools.islice(pairs, 4))):
+            underway.append(pool.submit(prepare_few, few))
             if len(underway) > 4 + 2 * workers:
                 write_oldest()
         while underway and not requests.stop:
@@ -516,14 +521,31 @@ def pack(
         settings = ", ".join(f"{key} {value}" for key, value in done.info["settings"].items())
         log.info("%s is finished already (%s): nothing to do", store_path, settings)
         return
-    started = time.monotonic()
     source = open_source(source_path)
     entries, members = list_pictures(source, val_labels)
+    pack_pictures(source, entries, members, store_path, max_side, quality, workers, skip_bad_images)
+
+
+def pack_pictures(
+    source: Source,
+    entries: Sequence[str],
+    members: Sequence[int],
+    store_path: Path,
+    max_side: int,
+    quality: int,
+    workers: int,
+    skip_bad_images: bool,
+) -> None:
+    """Pack what list_pictures found in a source, going on with a partial store.
+
+    Raises UserError for whatever a person can mend.
+    """
+    started = time.monotonic()
     with StoreWriter(store_path, {"max_side": max_side, "quality": quality}) as writer:
         strangers = set(writer.entries) - set(entries)
         if strangers:
             raise UserError(
-                f"{writer.partial} holds {len(strangers):,} pictures that {source_path} has not, "
+                f"{writer.partial} holds {len(strangers):,} pictures that {source.path} has not, "
                 f"such as {min(strangers)}: pack from the same source again to go on, or remove "
                 "it to begin anew"
             )
@@ -552,7 +574,7 @@ def _check_emptied(entries: Sequence[str], bad: Sequence[tuple[str, str]]) -> No
     )
     if before != after:
         raise UserError(
-            f"no picture in {_some(sorted(before - after))} can be read: mend some, or remove the "
+            f"no picture in {some(sorted(before - after))} can be read: mend some, or remove the "
             "class from train/ and val/"
         )
 

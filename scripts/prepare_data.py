@@ -7,13 +7,18 @@
     python3 scripts/prepare_data.py pack SOURCE STORE
         one file of all pictures of a folder, a zip or a tar, such as Kaggle's ImageNet; see
         scripts/packing.py and store.py
+    python3 scripts/prepare_data.py imagenet DIR
+        ImageNet-1k from Kaggle, downloaded, checked and packed into DIR/imagenet.store; see
+        scripts/kaggle_imagenet.py
+    python3 scripts/prepare_data.py imagenet-100k DIR
+        the same with 100 training pictures a class, into DIR/imagenet-100k.store
     python3 scripts/prepare_data.py verify DIR
         every picture of a folder or a store is decoded, and what is wrong or odd is told; see
         scripts/verifying.py
 
 Where DIR is complete already, nothing is done. A half-finished one is never left behind: the files
 are gathered in DIR.partial, which takes DIR's name at the end. Packing goes on from STORE.partial
-where it was stopped.
+where it was stopped, a download from Kaggle where it broke off.
 """
 
 import dataclasses
@@ -53,25 +58,53 @@ class ImagenetteOptions:
     """shorter side of the photos; full: as they were"""
 
 
-@dataclasses.dataclass(frozen=True)
-class PackOptions:
-    """one file of all pictures of a folder, a zip or a tar"""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingSettings:
+    """What becomes of the pictures of a store."""
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """folder, zip or tar with train/<class>/<name> and val/<class>/<name>, or Kaggle's ImageNet"""
-    store: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
-    """the file to make"""
     max_side: int = 400
     """larger pictures are made smaller: their larger side in pixels; 0 keeps all as they are"""
     quality: int = 90
     """JPEG quality of the pictures that are made smaller, 1 to 100"""
     workers: int = len(os.sched_getaffinity(0))
     """threads that decode and encode; as many as there are cores"""
+    skip_bad_images: bool = False
+    """leave out pictures that cannot be read"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackOptions(PackingSettings):
+    """one file of all pictures of a folder, a zip or a tar"""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """folder, zip or tar with train/<class>/<name> and val/<class>/<name>, or Kaggle's ImageNet"""
+    store: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STORE")]
+    """the file to make"""
     val_labels: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
     """classes of the pictures under val/ where it has no class folders; looked for as
     LOC_val_solution.csv in SOURCE and beside it"""
-    skip_bad_images: bool = False
-    """leave out pictures that cannot be read"""
+
+
+@dataclasses.dataclass(frozen=True)
+class KaggleOptions(PackingSettings):
+    """What is downloaded from Kaggle and packed."""
+
+    dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """the folder for the archive and the store"""
+    step: Literal["all", "download", "check", "pack"] = "all"
+    """one step alone: download the archive, count what is in it, or pack that, counted, too"""
+    remove_archive: bool = False
+    """remove the archive once the store is finished and equal to its SHA-256"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagenetOptions(KaggleOptions):
+    """ImageNet-1k from Kaggle, downloaded (167 GB) and packed into DIR/imagenet.store"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Imagenet100kOptions(KaggleOptions):
+    """the same with 100 training pictures a class (18 GB), into DIR/imagenet-100k.store"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +127,8 @@ class PrepareOptions:
         tyro.conf.OmitArgPrefixes[
             Annotated[DigitsOptions, tyro.conf.subcommand("digits")]
             | Annotated[ImagenetteOptions, tyro.conf.subcommand("imagenette")]
+            | Annotated[ImagenetOptions, tyro.conf.subcommand("imagenet")]
+            | Annotated[Imagenet100kOptions, tyro.conf.subcommand("imagenet-100k")]
             | Annotated[PackOptions, tyro.conf.subcommand("pack")]
             | Annotated[VerifyOptions, tyro.conf.subcommand("verify")]
         ]
@@ -150,9 +185,7 @@ def count_images(folder: Path) -> dict[str, int]:
 
 def pack(options: PackOptions) -> None:
     """Pack SOURCE into STORE; raises UserError for settings that are out of range."""
-    _check_range(options, "max_side", 0, 65_535)
-    _check_range(options, "quality", 1, 100)
-    _check_range(options, "workers", 1, 1024)
+    _check_settings(options)
     import packing  # with torch, which takes seconds to import
 
     packing.pack(
@@ -166,12 +199,36 @@ def pack(options: PackOptions) -> None:
     )
 
 
+def from_kaggle(options: KaggleOptions) -> None:
+    """Download and pack; raises UserError for settings that are out of range."""
+    _check_settings(options)
+    import kaggle_imagenet
+
+    is_100k = isinstance(options, Imagenet100kOptions)
+    kaggle_imagenet.prepare(
+        kaggle_imagenet.IMAGENET_100K if is_100k else kaggle_imagenet.IMAGENET_1K,
+        options.dir,
+        options.step,
+        options.max_side,
+        options.quality,
+        options.workers,
+        options.skip_bad_images,
+        options.remove_archive,
+    )
+
+
 def verify(options: VerifyOptions) -> None:
     """Verify DIR; raises UserError if anything is wrong with it."""
     _check_range(options, "workers", 1, 1024)
     import verifying  # with torch too
 
     verifying.verify(options.dir, options.output, options.workers)
+
+
+def _check_settings(settings: PackingSettings) -> None:
+    _check_range(settings, "max_side", 0, 65_535)
+    _check_range(settings, "quality", 1, 100)
+    _check_range(settings, "workers", 1, 1024)
 
 
 def _check_range(options: object, field: str, least: int, most: int) -> None:
@@ -186,6 +243,9 @@ def main() -> None:
     start_log(None)
     if isinstance(options, PackOptions):
         pack(options)
+        return
+    if isinstance(options, KaggleOptions):
+        from_kaggle(options)
         return
     if isinstance(options, VerifyOptions):
         verify(options)

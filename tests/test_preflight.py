@@ -143,7 +143,7 @@ def test_all_that_is_wrong_is_told_at_once(
 def test_a_volume_that_still_loads_and_a_budget_that_is_too_small(
     settings: Settings, slow_store: "SlowStore"
 ) -> None:
-    with slow_store(first_ms=60, again_ms=0) as store:
+    with slow_store(first_ms=300, again_ms=0) as store:
         done = dry_run(
             {**settings, "train_folder_name": store, "val_folder_name": store, "epochs": 1},
             *("--price-per-hour", 3600, "--budget-usd", 2),

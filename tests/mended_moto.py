@@ -390,13 +390,16 @@ def describe_spot_instance_requests(
 
 
 def terminate_instances(self: Any, instance_ids: list[str]) -> list[tuple[Any, Any]]:
-    """A persistent request that is not cancelled launches a new instance, a one-time is closed."""
-    living = [
-        instance
-        for instance in self.get_multi_instances_by_id(instance_ids)
-        if instance.state != "terminated"
-    ]
-    result = moto_terminate_instances(self, instance_ids)
+    """A persistent request that is not cancelled launches a new instance, a one-time is closed.
+
+    Terminating what is terminated is no error, and changes nothing.
+    """
+    asked = self.get_multi_instances_by_id(instance_ids)
+    over = [instance for instance in asked if instance.state == "terminated"]
+    living = [instance for instance in asked if instance not in over]
+    result = [(instance, instance._state) for instance in over]
+    if living:
+        result += moto_terminate_instances(self, [instance.id for instance in living])
     for instance in living:
         request = spot_request(instance)
         if request and request.state == "cancelled":

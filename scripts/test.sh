@@ -30,14 +30,21 @@ if ! has_browser; then
         "$bin/python" -m playwright install --with-deps chromium
     fi
 fi
-# Saving is tested with the faults that strace puts into its system calls.
-if ! command -v strace >/dev/null; then
+# Saving is tested with the faults that strace puts into its system calls; the AWS scripts on machines
+# of their own, with systemd, sshd and a network; slow disks in user space.
+missing=()
+for needed in strace:strace ip:iproute2 /usr/sbin/sshd:openssh-server \
+    /lib/systemd/systemd:systemd fusermount3:fuse3; do
+    command -v "${needed%:*}" >/dev/null || missing+=("${needed#*:}")
+done
+if ! ldconfig -p | grep -q libfuse.so.2; then missing+=(libfuse2); fi
+if [ ${#missing[@]} -gt 0 ]; then
     { $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -qq -y --no-install-recommends strace; } >/dev/null
+        apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null
 fi
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-"$bin/shellcheck" scripts/*.sh .ci/run
+"$bin/shellcheck" scripts/*.sh scripts/aws/instance/*.sh .ci/run
 # A process a core, each with one thread: two processes of two threads would wait for each other.
 exec env OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --dist worksteal "$@"

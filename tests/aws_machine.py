@@ -29,7 +29,8 @@ from conftest import REPOSITORY
 
 DISK_BYTES = 2_000_000_000  # of each volume; sparse, so that only what is written takes room
 POLL_S = 0.2
-NVME = "nvme-Amazon_Elastic_Block_Store_"
+EBS = "nvme-Amazon_Elastic_Block_Store_"
+INSTANCE_STORE = "nvme-Amazon_EC2_NVMe_Instance_Storage_AWS0"
 
 # Process 1 of a machine before it becomes systemd.
 BOOT = """
@@ -145,7 +146,8 @@ class Machines:
             instance_id, state = instance["InstanceId"], instance["State"]["Name"]
             if state == "running":
                 self._show_disks(instance_id, attached.get(instance_id, set()))
-                self._boot(instance_id, instance["PublicIpAddress"])
+                has_local_disk = instance["InstanceType"].startswith("g5.")
+                self._boot(instance_id, instance["PublicIpAddress"], has_local_disk)
             elif state in ("stopped", "terminated"):
                 self._power_off(instance_id)
 
@@ -167,18 +169,32 @@ class Machines:
         links = self.folder_of(instance_id) / "by-id"
         links.mkdir(parents=True, exist_ok=True)
         for volume in volumes:
-            link = links / (NVME + volume.replace("-", "", 1))
+            link = links / (EBS + volume.replace("-", "", 1))
             if not link.is_symlink():
                 if volume not in self.loops:
-                    image = self.folder / "disks" / volume
-                    made = subprocess.run(
-                        ["losetup", "--find", "--show", image],
-                        check=True, capture_output=True, text=True,
-                    )  # fmt: skip
-                    self.loops[volume] = made.stdout.strip()
+                    self.loops[volume] = self._loop(self.folder / "disks" / volume)
                 link.symlink_to(self.loops[volume])
 
-    def _boot(self, instance_id: str, address: str) -> None:
+    def _new_local_disk(self, here: Path) -> None:
+        """The instance's own disk, which is empty after each stop."""
+        disk = here / "local_disk"
+        disk.unlink(missing_ok=True)
+        disk.touch()
+        os.truncate(disk, DISK_BYTES)
+        link = here / "by-id" / INSTANCE_STORE
+        if link.is_symlink():
+            subprocess.run(["losetup", "--detach", link.readlink()], check=True)
+            link.unlink()
+        self.loops[str(disk)] = loop = self._loop(disk)
+        link.symlink_to(loop)
+
+    def _loop(self, disk: Path) -> str:
+        made = subprocess.run(
+            ["losetup", "--find", "--show", disk], check=True, capture_output=True, text=True
+        )
+        return made.stdout.strip()
+
+    def _boot(self, instance_id: str, address: str, has_local_disk: bool) -> None:
         here = self.folder_of(instance_id)
         (here / "address").write_text(address)
         names = self.folder / "addresses"
@@ -191,6 +207,8 @@ class Machines:
             return
         if not (here / "units").exists():
             self._install(here)
+        if has_local_disk:
+            self._new_local_disk(here)
         (here / "notice").unlink(missing_ok=True)
         command = (
             "unshare --pid --fork --kill-child --mount --mount-proc --cgroup --uts --ipc --net"

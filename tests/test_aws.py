@@ -153,6 +153,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 # ------------------------------------------------------------------------------ the whole story
 
 
+@pytest.mark.timeout(900)
 def test_from_nothing_to_training_and_back_as_the_readme_says(
     machines: Machines, tmp_path: Path
 ) -> None:
@@ -275,6 +276,7 @@ def killing(emulator: Emulator, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_killed_after_each_change_every_command_ends_in_the_same_state(
     machines: Machines, killing: Path
 ) -> None:

@@ -126,15 +126,18 @@ def test_its_command_is_the_trainers_own(answers: dict[str, Any], tmp_path: Path
         "scripts/prepare_data.py", "pack", tmp_path / "photos", tmp_path / "imagenet.store"
     )
     assert packed.returncode == 0, packed.stderr
+    mirror = f"file://{tmp_path / 'mirror'}"
+    (tmp_path / "mirror").mkdir()
     answer = run_command(
         answers["as it stands"],
         tmp_path,
+        MIRROR=mirror,
         SETTINGS=f"--dry-run --runs-folder {tmp_path} --device cpu --batch-size 8 "
         "--train-px 32 --val-px 32 --val-resize-px 32",
     )
     assert answer.returncode == 0, answer.stderr
     assert "run resnet50: 8 training and 8 validation images in 2 classes" in answer.stdout
-    assert f"mirror               {ENVS['MIRROR']}\n" in answer.stdout
+    assert f"mirror               {mirror}\n" in answer.stdout
 
 
 def test_its_command_ends_as_the_trainer_does(answers: dict[str, Any], tmp_path: Path) -> None:

@@ -234,6 +234,8 @@ def test_a_run_taken_away_killed_and_out_of_budget_ends_the_same_and_its_report_
     assert len(set(ends)) == 3
 
     out = start(0, budget_usd=spent_usd + 1000, **mirrored)
+    told_usd = [float(usd) for usd in re.findall(r"\$(\d+\.\d\d) of \$", out)]
+    assert spent_usd < told_usd[0] and told_usd == sorted(told_usd)  # from the first line on
     assert outcome(settings) == outcome({**settings, "name": "undisturbed"})
     copied = tmp_path / "disk" / "run" / sessions.FILE
     assert copied.read_bytes() == (folder / sessions.FILE).read_bytes()

@@ -30,6 +30,10 @@ from utils import Config, log
 
 FILE = "sessions.jsonl"
 BEAT_S = 60.0
+KEYS = {
+    *("session", "began", "alive_s", "startup_s", "first_step", "step", "epochs"),
+    *("price_per_hour", "gpu", "cpu", "instance_type", "ended"),
+}
 FINISHED, SIGNAL, EC2_NOTICE, BUDGET, FAILED = (
     "finished", "signal", "EC2's notice", "budget", "failed",
 )  # fmt: skip
@@ -106,7 +110,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:  # torn
             continue
-        if isinstance(line, dict) and "session" in line:
+        if isinstance(line, dict) and line.keys() >= KEYS:  # else damaged
             lines.append(line)
     return lines
 

@@ -241,8 +241,9 @@ def test_the_reference_run_costs_what_was_published() -> None:
 def test_a_torn_line_and_lines_of_something_else_are_passed_over(folder: Path) -> None:
     whole = cost_report.summarize(sessions.read(folder), ROWS, None)
     path = folder / "sessions.jsonl"
-    torn = json.dumps({**LINES[-1], "alive_s": 9999})[:-9].encode()
-    path.write_bytes(path.read_bytes() + b"\n[]\n\xff\xfe\0\n" + torn)
+    longer = json.dumps({**LINES[-1], "alive_s": 9999}).encode()
+    others = (b"[]", b"\xff\xfe\0", longer.replace(b"alive_s", b"amive_s"), longer[:-9])
+    path.write_bytes(b"\n".join((path.read_bytes(), *others)))
     assert cost_report.summarize(sessions.read(folder), ROWS, None) == whole
 
 

@@ -299,6 +299,7 @@ class Access:
     advice: str = ""  # what to do about it
     left_behind: str = ""  # name of a file that could not be removed
     clock_ahead_s: float | None = None  # of this machine's clock, by that of an S3 store
+    sessions: bytes = b""  # the run's, as they are there
 
 
 def try_access(url: str, folder: Path) -> Access:
@@ -311,7 +312,7 @@ def try_access(url: str, folder: Path) -> Access:
     name = f"preflight-{secrets.token_hex(8)}"
     refused: dict[str, str] = {}
     there: dict[str, int] = {}
-    written = False
+    written, paid = False, b""
     is_new = isinstance(store, _FolderStore) and not store.folder.exists()
     try:
         there = store.sizes()
@@ -331,6 +332,11 @@ def try_access(url: str, folder: Path) -> Access:
                 if action == "write":
                     break
             written = written or action == "write"
+        if sessions.FILE in there:
+            try:
+                paid = store.read(sessions.FILE)
+            except Exception as error:
+                refused["read"] = _in_words(error)
         if is_new:
             with contextlib.suppress(OSError):
                 store.folder.rmdir()
@@ -340,6 +346,7 @@ def try_access(url: str, folder: Path) -> Access:
         _advise(url, refused),
         name if written and "remove" in refused else "",
         getattr(store, "clock_ahead_s", None),
+        paid,
     )
 
 

@@ -222,7 +222,7 @@ def dry_run(
         # Of the epoch under way, a part is done.
         share_done = steps_done / steps_per_epoch(config, train_set) - epochs_done
         left_s = sum(epochs_s) + sum(waits_s) - min(1.0, max(0.0, share_done)) * epochs_s[0]
-        spent_usd = sessions.price_usd(sessions.read(folder))
+        spent_usd = sessions.price_usd(sessions.read(folder, access.sessions if access else b""))
         tell("budget", check_budget(config, spent_usd, left_s))
         log.info("%s", tell_estimate(config, device, left_s, sum(waits_s), len(epochs_s)))
     log.info("%s", summary(found))

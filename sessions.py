@@ -101,11 +101,12 @@ class Session:
                 )  # fmt: skip
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's sessions, in order; none where there is no file."""
+def read(folder: Path, mirrored: bytes = b"") -> list[dict[str, Any]]:
+    """All whole lines of a run's sessions, in order, and those of a mirror's copy of them."""
     path = folder / FILE
+    content = path.read_bytes() if path.exists() else b""
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    for text in merged(mirrored, content).splitlines():
         try:
             line = json.loads(text)
         except ValueError:  # torn

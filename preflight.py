@@ -3,7 +3,7 @@
 It prints the settings and the schedule, then a line for each check: `ok`, `WARNING` or `PROBLEM`,
 what was found, and what to do about it. It reads pictures at random, from the disk and not from
 memory, and times some training steps; from both it estimates hours and price. Nothing is left
-behind. The exit code is 2 if there is a problem, else 0.
+behind but the index of a folder's images. The exit code is 2 if there is a problem, else 0.
 
 The trainer makes some of the checks at each start, and refuses what cannot work.
 """

@@ -16,7 +16,8 @@ torn line takes anything with it.
 
 Not in it: the time before the trainer is started, and after its last line, when the last copies go
 to a mirror; starts that end before training begins; of one that was killed its last minute, after a
-power cut half a minute more. scripts/cost_report.py adds it all up.
+power cut half a minute more, and where another machine goes on from a mirror, all since the last
+checkpoint. scripts/cost_report.py adds it all up.
 """
 
 import datetime

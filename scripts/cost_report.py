@@ -532,7 +532,10 @@ def collect_notes(lines: list[Line], summary: dict[str, Any], price_note: str) -
         "the last copies to a mirror are not in it."
     )
     if KILLED in summary["interruptions"]:
-        notes.append("Where a start was killed, its last minute may be missing.")
+        notes.append(
+            "Where a start was killed, its last minute may be missing; where another machine went "
+            "on from a mirror, all since the last checkpoint, the work that was done twice with it."
+        )
     return [*notes, REFERENCE_NOTE]
 
 

@@ -265,6 +265,11 @@ def start(url: str, folder: Path) -> "Mirror":
                 "that is there would be begun anew: mend it, or leave out --mirror"
             ) from None
         log.warning("the mirror %s cannot be read (%s): training goes on", url, words)
+    paid_here = folder / sessions.FILE
+    if sessions.FILE in fetched and paid_here.exists():
+        known = set(paid_here.read_bytes().splitlines())
+        if known >= set(fetched[sessions.FILE].splitlines()):
+            del fetched[sessions.FILE]
     if fetched:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         with contextlib.closing(checkpoint.lock(folder)):
@@ -275,8 +280,8 @@ def start(url: str, folder: Path) -> "Mirror":
                 )
             for name, content in fetched.items():
                 whole = content
-                if name == sessions.FILE and (folder / name).exists():  # what was paid here counts
-                    whole = sessions.merged(content, (folder / name).read_bytes())
+                if name == sessions.FILE and paid_here.exists():  # what was paid here counts too
+                    whole = sessions.merged(content, paid_here.read_bytes())
                 write_atomically(folder / name, whole)
         log.info("fetched %s from %s", ", ".join(fetched), url)
     return mirror
@@ -299,6 +304,7 @@ class Access:
     advice: str = ""  # what to do about it
     left_behind: str = ""  # name of a file that could not be removed
     clock_ahead_s: float | None = None  # of this machine's clock, by that of an S3 store
+    sessions: bytes = b""  # the run's, as they are there
 
 
 def try_access(url: str, folder: Path) -> Access:
@@ -311,7 +317,7 @@ def try_access(url: str, folder: Path) -> Access:
     name = f"preflight-{secrets.token_hex(8)}"
     refused: dict[str, str] = {}
     there: dict[str, int] = {}
-    written = False
+    written, paid = False, b""
     is_new = isinstance(store, _FolderStore) and not store.folder.exists()
     try:
         there = store.sizes()
@@ -331,6 +337,11 @@ def try_access(url: str, folder: Path) -> Access:
                 if action == "write":
                     break
             written = written or action == "write"
+        if sessions.FILE in there:
+            try:
+                paid = store.read(sessions.FILE)
+            except Exception as error:
+                refused["read"] = _in_words(error)
         if is_new:
             with contextlib.suppress(OSError):
                 store.folder.rmdir()
@@ -340,6 +351,7 @@ def try_access(url: str, folder: Path) -> Access:
         _advise(url, refused),
         name if written and "remove" in refused else "",
         getattr(store, "clock_ahead_s", None),
+        paid,
     )
 
 
@@ -538,9 +550,9 @@ class Mirror:
     def later_than(self, here: str | None) -> dict[str, bytes]:
         """The mirror's newest checkpoint that is whole and later than the one named `here`.
 
-        Without `here` also the files that go with it, before it, and of these the sessions even
-        where there is no checkpoint. By their names in the run's folder. Raises UserError as in
-        `start`.
+        Before it the files that go with it; of these the sessions even where there is no such
+        checkpoint, and nothing else where there is a `here`. By their names in the run's folder.
+        Raises UserError as in `start`.
         """
         there = self.store.sizes()
         found = newest_first(_checkpoints(there))
@@ -557,7 +569,7 @@ class Mirror:
             log.info("reading %s from %s", name, self.url)
             content = self.store.read(f"checkpoints/{name}")
             if is_whole(name, content):
-                files = {} if here else self._whole_files(there)
+                files = self._whole_files(there, (sessions.FILE,) if here else COPIED_FILES)
                 return {**files, f"checkpoints/{name}": content}
             log.warning("%s is damaged in %s: left aside", name, self.url)
         if later and here is None:
@@ -565,11 +577,9 @@ class Mirror:
                 f"every checkpoint of run {self.folder.name} in {self.url} is damaged: remove it "
                 "there, or begin again with another --name"
             )
-        return {} if here else self._whole_files(there, (sessions.FILE,))
+        return self._whole_files(there, (sessions.FILE,))
 
-    def _whole_files(
-        self, there: dict[str, int], names: tuple[str, ...] = COPIED_FILES
-    ) -> dict[str, bytes]:
+    def _whole_files(self, there: dict[str, int], names: tuple[str, ...]) -> dict[str, bytes]:
         sums = self._sums(there)
         whole = {}
         for name in names:

@@ -3,7 +3,7 @@
 It prints the settings and the schedule, then a line for each check: `ok`, `WARNING` or `PROBLEM`,
 what was found, and what to do about it. It reads pictures at random, from the disk and not from
 memory, and times some training steps; from both it estimates hours and price. Nothing is left
-behind. The exit code is 2 if there is a problem, else 0.
+behind but the index of a folder's images. The exit code is 2 if there is a problem, else 0.
 
 The trainer makes some of the checks at each start, and refuses what cannot work.
 """
@@ -222,7 +222,7 @@ def dry_run(
         # Of the epoch under way, a part is done.
         share_done = steps_done / steps_per_epoch(config, train_set) - epochs_done
         left_s = sum(epochs_s) + sum(waits_s) - min(1.0, max(0.0, share_done)) * epochs_s[0]
-        spent_usd = sessions.price_usd(sessions.read(folder))
+        spent_usd = sessions.price_usd(sessions.read(folder, access.sessions if access else b""))
         tell("budget", check_budget(config, spent_usd, left_s))
         log.info("%s", tell_estimate(config, device, left_s, sum(waits_s), len(epochs_s)))
     log.info("%s", summary(found))

@@ -16,7 +16,8 @@ torn line takes anything with it.
 
 Not in it: the time before the trainer is started, and after its last line, when the last copies go
 to a mirror; starts that end before training begins; of one that was killed its last minute, after a
-power cut half a minute more. scripts/cost_report.py adds it all up.
+power cut half a minute more, and where another machine goes on from a mirror, all since the last
+checkpoint. scripts/cost_report.py adds it all up.
 """
 
 import datetime
@@ -30,6 +31,10 @@ from utils import Config, log
 
 FILE = "sessions.jsonl"
 BEAT_S = 60.0
+KEYS = {
+    *("session", "began", "alive_s", "startup_s", "first_step", "step", "epochs"),
+    *("price_per_hour", "gpu", "cpu", "instance_type", "ended"),
+}
 FINISHED, SIGNAL, EC2_NOTICE, BUDGET, FAILED = (
     "finished", "signal", "EC2's notice", "budget", "failed",
 )  # fmt: skip
@@ -97,16 +102,17 @@ class Session:
                 )  # fmt: skip
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's sessions, in order; none where there is no file."""
+def read(folder: Path, mirrored: bytes = b"") -> list[dict[str, Any]]:
+    """All whole lines of a run's sessions, in order, and those of a mirror's copy of them."""
     path = folder / FILE
+    content = path.read_bytes() if path.exists() else b""
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    for text in merged(mirrored, content).splitlines():
         try:
             line = json.loads(text)
         except ValueError:  # torn
             continue
-        if isinstance(line, dict) and "session" in line:
+        if isinstance(line, dict) and line.keys() >= KEYS:  # else damaged
             lines.append(line)
     return lines
 

@@ -729,6 +729,7 @@ def main() -> None:
     interruption.watch_ec2(requests)
     steps_and_epochs = run.step, len(run.history)
     session = sessions.Session(folder, config.price_per_hour, hardware, *steps_and_epochs)
+    run.spent_usd = session.beat(*steps_and_epochs)
     copies.copy()  # what the last start did not come to copy
     saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}

@@ -136,7 +136,8 @@ def summarize(
         for epoch, usd in epoch_ends(its, prices):
             usd_after[epoch] = spent_usd + usd
         table.append(summarize_session(its, prices, furthest_step))
-    if table[-1]["ended"] == KILLED and now - seconds(table[-1]["last_alive"]) < UNDER_WAY_S:
+    # Its machine's clock may be a little ahead of this one's.
+    if table[-1]["ended"] == KILLED and abs(now - seconds(table[-1]["last_alive"])) < UNDER_WAY_S:
         table[-1]["ended"] = UNDER_WAY
 
     away_s = sum(
@@ -285,8 +286,8 @@ def unrecorded(
 # ------------------------------------------------------------------------------ spot prices
 
 
-def read_spot_prices(text: str, source: str, first_s: float) -> Prices:
-    """Prices from what `aws ec2 describe-spot-price-history` prints, in order of time.
+def read_spot_prices(text: str, source: str, first_s: float) -> tuple[Prices, str]:
+    """Prices from what `aws ec2 describe-spot-price-history` prints, in order of time, and of what.
 
     Raises UserError if it is something else, mixes machines, or begins after `first_s`.
     """
@@ -297,6 +298,8 @@ def read_spot_prices(text: str, source: str, first_s: float) -> Prices:
         )
         keys = ("InstanceType", "AvailabilityZone", "ProductDescription")
         kinds = sorted({", ".join(str(entry.get(key)) for key in keys) for entry in history})
+        if not all(0 < price < math.inf for _, price in prices):
+            raise ValueError("a price that is none")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{source} is not what `aws ec2 describe-spot-price-history` prints as JSON"
@@ -310,9 +313,15 @@ def read_spot_prices(text: str, source: str, first_s: float) -> Prices:
         begins = f"begins at {sessions.utc(prices[0][0])}" if prices else "is empty"
         raise UserError(
             f"{source} {begins}, the run at {sessions.utc(first_s)}: ask for the prices with "
-            f"--start-time {sessions.utc(first_s)}"
+            f"--start-time {sessions.utc(first_s)}, which AWS keeps for 90 days, or give "
+            "--price-per-hour"
         )
-    return prices
+    return prices, kinds[0]
+
+
+def first_began(lines: list[Line]) -> str:
+    """When the first start was, by clocks that may have been set between two of them."""
+    return min((line["began"] for line in lines), key=seconds)
 
 
 def ask_aws(options: ReportOptions, lines: list[Line]) -> str:
@@ -325,7 +334,7 @@ def ask_aws(options: ReportOptions, lines: list[Line]) -> str:
     command = [
         *("aws", "ec2", "describe-spot-price-history", "--output", "json"),
         *("--instance-types", kind, "--product-descriptions", "Linux/UNIX"),
-        *("--availability-zone", options.availability_zone, "--start-time", lines[0]["began"]),
+        *("--availability-zone", options.availability_zone, "--start-time", first_began(lines)),
     ]
     try:
         answer = subprocess.run(command, capture_output=True, text=True)
@@ -397,8 +406,12 @@ def write_page(name: str, summary: dict[str, Any], notes: list[str]) -> str:
         "| ended |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    began = [  # of an unrecorded one nobody knows
+        "–" if session["ended"] == UNKNOWN else session["began"][:19].replace("T", " ")
+        for session in summary["sessions"]
+    ]
     lines += [
-        f"| {number} | {session['began'][:19].replace('T', ' ')} "
+        f"| {number} | {began[number - 1]} "
         f"| {format_duration(session['running_s'])} | {format_duration(session['startup_s'])} "
         f"| {session['first_step']} to {session['last_step']} | {session['steps_twice']} "
         f"| {dollars(session['usd'])} | {session['machine'] or '–'} | {session['ended']} |"
@@ -489,8 +502,14 @@ def choose_prices(options: ReportOptions, lines: list[Line]) -> tuple[Prices | N
         else:
             source = options.spot_prices
             text = read_text(Path(source))
-        prices = read_spot_prices(text, source, seconds(lines[0]["began"]))
-        return prices, f"At the spot prices in {source}."
+        prices, kind = read_spot_prices(text, source, seconds(first_began(lines)))
+        note = f"At the spot prices in {source}, of {kind}."
+        others = {line["instance_type"] for line in lines} - {kind.partition(",")[0], None}
+        if others:
+            note += (
+                f" But some starts were on {' and '.join(sorted(others))}, which has another price."
+            )
+        return prices, note
     paid = sorted({line["price_per_hour"] for line in lines})
     note = "At {} an hour, as the trainer was told.".format(" and ".join(map(dollars, paid)))
     if paid == [0]:
@@ -513,7 +532,10 @@ def collect_notes(lines: list[Line], summary: dict[str, Any], price_note: str) -
         "the last copies to a mirror are not in it."
     )
     if KILLED in summary["interruptions"]:
-        notes.append("Where a start was killed, its last minute may be missing.")
+        notes.append(
+            "Where a start was killed, its last minute may be missing; where another machine went "
+            "on from a mirror, all since the last checkpoint, the work that was done twice with it."
+        )
     return [*notes, REFERENCE_NOTE]
 
 

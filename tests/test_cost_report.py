@@ -177,6 +177,23 @@ def test_each_spot_price_counts_for_its_hours(folder: Path, tmp_path: Path) -> N
     # Epoch 1 ended after an hour, half of it at $0.30 and half at $0.60.
     assert math.isclose(whole["curve"][0]["usd"], 0.45)
     assert math.isclose(whole["twice_usd"], 400 / 3600 * 0.6)
+    assert whole["notes"][0].endswith("prices.json, of g5.xlarge, us-east-1a, Linux/UNIX.")
+    write_lines(folder, LINES[:4] + [{**line, "instance_type": "g5.2xlarge"} for line in LINES[4:]])
+    note = record(folder, "--spot-prices", path)["notes"][0]
+    assert note.endswith("But some starts were on g5.2xlarge, which has another price.")
+
+
+def test_a_start_from_before_the_first_price_is_not_for_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Also where it is not the first one in the file, after a clock was set."""
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps(SPOT_PRICES))
+    write_lines(
+        folder, LINES[:4] + [{**line, "began": "1970-01-01T00:00:10Z"} for line in LINES[4:]]
+    )
+    says = refusal(folder, "--spot-prices", path)
+    assert "the run at 1970-01-01T00:00:10.000Z" in says and "or give --price-per-hour" in says
 
 
 def test_spot_prices_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -190,6 +207,10 @@ def test_spot_prices_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -
         (json.dumps({"SpotPriceHistory": []}), "is empty"),
         (json.dumps({"SpotPriceHistory": entries[:3]}), "--start-time 2026-11-24T00:00:00.000Z"),
         (json.dumps({"SpotPriceHistory": [*entries, other]}), "us-east-1b"),
+        *(
+            (json.dumps(SPOT_PRICES).replace("7.000000", odd), "is not what")
+            for odd in ("NaN", "-1")
+        ),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=says):
@@ -241,8 +262,9 @@ def test_the_reference_run_costs_what_was_published() -> None:
 def test_a_torn_line_and_lines_of_something_else_are_passed_over(folder: Path) -> None:
     whole = cost_report.summarize(sessions.read(folder), ROWS, None)
     path = folder / "sessions.jsonl"
-    torn = json.dumps({**LINES[-1], "alive_s": 9999})[:-9].encode()
-    path.write_bytes(path.read_bytes() + b"\n[]\n\xff\xfe\0\n" + torn)
+    longer = json.dumps({**LINES[-1], "alive_s": 9999}).encode()
+    others = (b"[]", b"\xff\xfe\0", longer.replace(b"alive_s", b"amive_s"), longer[:-9])
+    path.write_bytes(b"\n".join((path.read_bytes(), *others)))
     assert cost_report.summarize(sessions.read(folder), ROWS, None) == whole
 
 
@@ -254,8 +276,9 @@ def test_a_run_under_way_is_no_interruption(folder: Path) -> None:
     whole = record(folder)
     assert whole["ended"] == "under way"
     assert whole["interruptions"] == {"killed": 1}
-    summary = cost_report.summarize([begun, last], ROWS, None, now + 3600)
-    assert summary["interruptions"] == {"killed": 1}
+    for other_clock, ended in ((3600, "killed"), (-90, "under way"), (-3600, "killed")):
+        summary = cost_report.summarize([begun, last], ROWS, None, now + other_clock)
+        assert summary["ended"] == ended
 
 
 def test_before_the_first_epoch_there_is_a_page_without_a_picture(folder: Path) -> None:
@@ -293,6 +316,7 @@ def test_older_runs_are_as_long_as_their_metrics_say(folder: Path, tmp_path: Pat
     page = (folder / "cost.md").read_text()
     assert "there is no sessions.jsonl: their hours are those of training and validation" in page
     assert "| interruptions                   | – " in page
+    assert "| 1 | – | 2 h 13 min | " in page  # when it began nobody knows
 
 
 def test_sessions_that_begin_in_the_middle_of_a_run_are_added_to_its_metrics(folder: Path) -> None:

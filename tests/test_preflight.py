@@ -173,6 +173,11 @@ def test_whether_a_run_begins_goes_on_or_is_finished(settings: Settings, tmp_pat
     extended = dry_run(settings, "--extra-epochs", 2)
     assert "1 of 3 epochs are finished, 3 steps taken" in checks(extended.stdout)["run"][1]
     assert "for the 2 epochs left" in extended.stdout
+    # On another machine too, and what was paid until now counts.
+    elsewhere = {**settings, "runs_folder": str(tmp_path / "elsewhere"), "extra_epochs": 2}
+    found = checks(dry_run(elsewhere, "--price-per-hour", 1, "--budget-usd", 5).stdout)
+    assert "is fetched, and the run goes on after epoch 1 of 3" in found["run"][1]
+    assert re.fullmatch(r"\$0\.\d\d of \$5\.00, of which \$0\.\d\d are spent", found["budget"][1])
     assert tree(tmp_path) == before
 
     state = checkpoint.load_latest(folder / "checkpoints")

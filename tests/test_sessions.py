@@ -1,6 +1,7 @@
 """sessions.jsonl: what it survives, and real runs that are interrupted and run out of budget."""
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -167,6 +168,25 @@ def test_a_mirror_keeps_what_was_paid_on_every_machine(tmp_path: Path) -> None:
     assert sessions.read(folders[0]) == newest
 
 
+def test_a_start_elsewhere_that_came_no_further_stays_in_the_mirror(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    url = f"file://{tmp_path}/disk"
+    first, second = (tmp_path / name / "run" for name in ("first", "second"))
+    (first / "checkpoints").mkdir(parents=True)
+    digest = hashlib.sha256(b"state").hexdigest()[:16]
+    (first / f"checkpoints/epochs-001-step-00000010-{digest}.pt").write_bytes(b"state")
+    begin(first)
+    assert mirror.start(url, first).finish(10)
+    copies = mirror.start(url, second)
+    begin(second).end()
+    assert copies.finish(10)
+    copies = mirror.start(url, first)
+    assert sessions.read(first) == sessions.read(second)
+    begin(first)
+    assert copies.finish(10)
+    assert len({line["session"] for line in sessions.read(tmp_path / "disk/run")}) == 3
+
+
 # ------------------------------------------------------------------------------ real runs
 
 
@@ -234,6 +254,8 @@ def test_a_run_taken_away_killed_and_out_of_budget_ends_the_same_and_its_report_
     assert len(set(ends)) == 3
 
     out = start(0, budget_usd=spent_usd + 1000, **mirrored)
+    told_usd = [float(usd) for usd in re.findall(r"\$(\d+\.\d\d) of \$", out)]
+    assert spent_usd < told_usd[0] and told_usd == sorted(told_usd)  # from the first line on
     assert outcome(settings) == outcome({**settings, "name": "undisturbed"})
     copied = tmp_path / "disk" / "run" / sessions.FILE
     assert copied.read_bytes() == (folder / sessions.FILE).read_bytes()

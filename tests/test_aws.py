@@ -414,7 +414,7 @@ def test_what_is_missing_is_said_with_what_to_do(
     kaggle = {**environment, "RESNET50_DATA_SET": "imagenet", "HOME": str(tmp_path)}
     assert "~/.kaggle/access_token" in refused(kaggle, "prepare", "--yes")
     assert "must be 0 or more" in refused(environment, "launch", "--yes", "--budget-usd", "-1")
-    quoted = refused(environment, "launch", "--yes", "--trainer-options", "--name $(id)")
+    quoted = refused(environment, "launch", "--yes", "--trainer-options=--name $(id)")
     assert "without quotes" in quoted
     assert "the AWS CLI is not installed" in refused({**environment, "PATH": "/nowhere"}, "prices")
     assert changes(emulator) == []

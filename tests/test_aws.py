@@ -231,6 +231,7 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
     here = tmp_path / "fetched"
     fetch = f"{lines['fetch']} --to {here} --checkpoints"
     again_changes_nothing(fetch)
+    assert "resnet50-poweroff" in machines.run(instance_id, timers).stdout  # it still stops
     assert outcome({**undisturbed, "runs_folder": here}) == outcome(undisturbed)
     typed(lines["stop"], environment)
     assert account(emulator)["spot requests"] == ["disabled"]
@@ -294,6 +295,22 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     assert until_it_ends(environment, "stop", killing) == 1
     assert account(emulator)["instances"] == ["stopped"]
     assert until_it_ends(environment, "launch", killing) == 1
+
+    # Started with the machine, the trainer had the settings that it had before.
+    options = f"{environment['RESNET50_TRAINER_OPTIONS']} --val-batch-size 3"
+    done = cloud({**environment, "RESNET50_TRAINER_OPTIONS": options}, "launch", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
+    there = machines.folder_of(instance_id) / "home" / "resnet50"
+    assert "--val-batch-size 3" in (there / "aws-instance.env").read_text()
+    show = "systemctl is-active resnet50-poweroff.timer"
+    # A machine that cannot start the trainer does not wait for ever.
+    text = (there / "aws-instance.env").read_text()
+    (there / "aws-instance.env").write_text(text.replace("TRAINER_USER=root", "TRAINER_USER=none"))
+    restart = f"bash {there}/scripts/aws/instance/poweroff.sh never; {show}"
+    assert machines.run(instance_id, restart).stdout == "inactive\n"
+    machines.run(instance_id, "systemctl restart resnet50-trainer")
+    assert machines.run(instance_id, show).stdout == "active\n"
     assert until_it_ends(environment, "tear-down", killing) == 6
     assert account(emulator) == {}
 
@@ -398,6 +415,9 @@ def test_what_is_missing_is_said_with_what_to_do(
     assert "nobody is there to ask" in refused(environment, "prepare")
     kaggle = {**environment, "RESNET50_DATA_SET": "imagenet", "HOME": str(tmp_path)}
     assert "~/.kaggle/access_token" in refused(kaggle, "prepare", "--yes")
+    assert "must be 0 or more" in refused(environment, "launch", "--yes", "--budget-usd", "-1")
+    quoted = refused(environment, "launch", "--yes", "--trainer-options=--name $(id)")
+    assert "without quotes" in quoted
     assert "the AWS CLI is not installed" in refused({**environment, "PATH": "/nowhere"}, "prices")
     assert changes(emulator) == []
 
@@ -518,10 +538,52 @@ def test_tear_down_leaves_what_is_not_the_projects(
     ec2 = session.client("ec2", endpoint_url=environment["AWS_ENDPOINT_URL"])
     other = ec2.create_volume(AvailabilityZone="us-east-1a", Size=7)["VolumeId"]
     said = cloud(environment, "tear-down", "--yes", "--keep-snapshot").stdout
-    assert said == "nothing bears the tag resnet50-project=resnet50-imagenet\n"
+    assert said == "nothing in us-east-1 bears the tag resnet50-project=resnet50-imagenet\n"
     said = cloud(environment, "tear-down", "--yes").stdout
     assert "snapshot snap-" in said and other not in said
     assert account(emulator) == {"volumes": ["7 GB, available"]}
+
+
+def test_without_a_mirror_no_permission_for_iam_is_needed(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    for action in ("GetInstanceProfile", "GetRole", "ListInstanceProfiles", "ListRoles"):
+        emulator.fail(action, "AccessDenied", times=0)
+    assert cloud(environment, "tear-down", "--yes").stdout.endswith("all gone\n")
+    emulator.heal()
+    assert account(emulator) == {}
+
+
+def test_a_role_that_only_has_the_projects_name_is_left_alone(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    url = environment["AWS_ENDPOINT_URL"]
+    iam = session.client("iam", endpoint_url=url)
+    iam.create_role(RoleName="resnet50-imagenet", AssumeRolePolicyDocument="{}")
+    assert "nothing in us-east-1" in cloud(environment, "tear-down", "--yes").stdout
+    session.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
+    snapshot(emulator)
+    said = refused(environment, "launch", "--yes", "--mirror", "s3://bucket/a")
+    assert "EntityAlreadyExists" in said and "another project" in said
+    assert account(emulator)["roles"] == ["resnet50-imagenet"]
+
+
+def test_a_new_instance_profile_is_waited_for(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    url = environment["AWS_ENDPOINT_URL"]
+    session.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
+    text = "Value (resnet50-imagenet) for parameter iamInstanceProfile.name is invalid."
+    emulator.fail("RunInstances", "InvalidParameterValue", text)
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", "too many")
+    done = cloud(environment, "launch", "--yes", "--mirror", "s3://bucket/a")
+    assert "VolumeLimitExceeded" in done.stderr
+    assert len(emulator.calls("RunInstances")) == 2
+    assert "is rented, and costs" in done.stdout
 
 
 # ------------------------------------------------------------------------------ settings

@@ -29,7 +29,9 @@ ADVICE = {
     "InsufficientInstanceCapacity": "no capacity there now: try later, or another instance_type",
     "UnauthorizedOperation": "these credentials lack a permission: attach AmazonEC2FullAccess",
     "AccessDenied": "these credentials lack a permission for it",
-    "AccessDeniedException": "these credentials lack a permission for it",
+    "AccessDeniedException": (
+        "these credentials lack a permission for it: attach AmazonSSMReadOnlyAccess"
+    ),
     "AuthFailure": "AWS does not know these credentials, or not in that region: aws configure",
     "InvalidClientTokenId": "AWS does not know these credentials: aws configure",
     "SignatureDoesNotMatch": "the secret key is wrong, or this computer's clock: aws configure",
@@ -37,6 +39,9 @@ ADVICE = {
     "ExpiredToken": "the credentials have expired: log in again (aws sso login)",
     "ExpiredTokenException": "the credentials have expired: log in again (aws sso login)",
     "OptInRequired": "the region is not switched on for this account, or the account not ready yet",
+    "EntityAlreadyExists": "something else has that name: set another project in aws.env",
+    "404": "there is no such bucket: aws s3 mb s3://BUCKET",
+    "403": "the bucket is not yours, or these credentials may not list it",
     "VPCIdNotSpecified": "the region has no default network: aws ec2 create-default-vpc",
     "ParameterNotFound": "the region has no such image: set gpu_ami and cpu_ami, or another region",
     "InvalidSpotInstanceRequest.PersistentRequestLimit": "cancel old spot requests first",
@@ -99,6 +104,10 @@ def _explained(call: str, complaint: str) -> UserError:
         return UserError(f"no AWS credentials ({complaint}): aws configure, or aws sso login")
     if any(text in complaint for text in NO_REGION):
         return UserError(f"no such region, or no network ({complaint}): set region in aws.env")
+    if "Unknown parameter in" in complaint or "Invalid choice" in complaint:
+        return UserError(
+            f"aws {call} failed: {complaint}: this AWS CLI is too old, install a newer"
+        )
     found = re.search(r"An error occurred \(([\w.]+)\) when calling [^:]*: (.*)", complaint)
     if not found:
         return UserError(f"aws {call} failed: {complaint or 'without a word'}")

@@ -14,12 +14,15 @@ broken off is gone on with. `--dry-run` prints each call that would change somet
 nothing; `--yes` asks nothing. All that is made bears the tag resnet50-project, and is found by it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +30,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from cli import Aws
+from cli import Aws, AwsError
 from machine import FOLDER, Machine
 from resources import (
     DATA_TAG,
@@ -35,6 +38,7 @@ from resources import (
     ROLE_TAG,
     attach,
     ensure_profile,
+    ensure_security_group,
     ensure_volume,
     find_instances,
     find_profiles,
@@ -42,6 +46,7 @@ from resources import (
     find_spot_requests,
     find_volumes,
     instance_state,
+    once_its_profile_is_known,
     only,
     placement_scores,
     project_filter,
@@ -52,7 +57,7 @@ from resources import (
     wait_until,
     zones_with,
 )
-from settings import REPOSITORY, Settings, load_settings
+from settings import REPOSITORY, Settings, check_settings, load_settings
 
 from utils import UserError, parse_options, run_stage
 
@@ -63,7 +68,14 @@ SNAPSHOT_POLL_S = 15.0
 PREPARE_USD_H = 0.18  # a c7i.xlarge on demand
 GP3_GB_MONTH_USD, SNAPSHOT_GB_MONTH_USD, FILLING_GB_USD = 0.08, 0.05, 0.0036
 MONTH_H = 730
-GPU_TYPES = ("g5.xlarge", "g5.2xlarge", "g5.4xlarge", "g5.8xlarge")
+PRICE = "--price-per-hour"  # of trainer.py
+ON_DEMAND_USD_H = {
+    "g5.xlarge": 1.006,
+    "g5.2xlarge": 1.212,
+    "g5.4xlarge": 1.624,
+    "g5.8xlarge": 2.448,
+}
+GPU_TYPES = tuple(ON_DEMAND_USD_H)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +169,27 @@ def confirm(options: Options, text: str) -> None:
         return
     if not sys.stdin.isatty():
         raise UserError("nobody is there to ask: give --yes")
-    if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input("Go on? [y/N] ")
+    except EOFError:  # Ctrl-D
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise UserError("nothing was done")
+
+
+@contextlib.contextmanager
+def rented(aws: Aws, instance: dict[str, Any]) -> Iterator[None]:
+    """Where a command is broken off in here, say that its instance goes on, and costs."""
+    try:
+        yield
+    except BaseException:
+        if not aws.dry_run:
+            print(
+                f"note: {describe(instance)} is rented, and costs: the same command goes on with "
+                "it, tear-down deletes it",
+                flush=True,
+            )
+        raise
 
 
 def log_in(aws: Aws, settings: Settings, instance_id: str) -> Machine:
@@ -196,6 +227,16 @@ def terminate(aws: Aws, instances: list[dict[str, Any]]) -> None:
     if ids:
         aws.change("ec2", "terminate-instances", "--instance-ids", *ids)
         wait_until(aws, "instance-terminated", "--instance-ids", *ids)
+
+
+@contextlib.contextmanager
+def already_gone() -> Iterator[None]:
+    """Pass over what AWS has deleted since it was listed, as it does with an instance's disks."""
+    try:
+        yield
+    except AwsError as error:
+        if not error.code.endswith(".NotFound"):
+            raise
 
 
 def describe(instance: dict[str, Any]) -> str:
@@ -257,37 +298,49 @@ def prepare(options: Prepare, aws: Aws) -> None:
                 aws, settings, "prepare", settings.prepare_type, zones,
                 settings.cpu_ami, settings.archive_gb, [], [],
             )  # fmt: skip
-        instance_id = instance["InstanceId"]
-        if instance["State"]["Name"] in ("stopping", "stopped"):
-            wait_until(aws, "instance-stopped", "--instance-ids", instance_id)
-            aws.change("ec2", "start-instances", "--instance-ids", instance_id)
-        wait_until(aws, "instance-running", "--instance-ids", instance_id)
-        volume = ensure_volume(
-            aws, settings, "data", instance["Placement"]["AvailabilityZone"], settings.data_gb,
-            ["--throughput", "250"],
-        )  # fmt: skip
-        attach(aws, volume, instance_id, DATA_DEVICE)
-        machine = log_in(aws, settings, instance_id)
-        machine.push_code()
-        if credentials is not None:
-            name, content = credentials
-            machine.run(f"umask 077; mkdir -p ~/.kaggle; cat > ~/.kaggle/{name}", content)
-        machine.run_detached(
-            "prepare",
-            f"bash scripts/aws/instance/prepare.sh {volume['VolumeId']} {settings.data_set}",
-        )
-        snapshot = aws.change(
-            "ec2", "create-snapshot", "--volume-id", volume["VolumeId"],
-            "--description", f"{settings.data_set}, packed",
-            *tags(settings, "data", "snapshot", {DATA_TAG: settings.data_set}),
-            dry={"SnapshotId": "<snapshot>", "State": "completed"},
-        )  # fmt: skip
-    wait_for_snapshot(aws, snapshot)
+        else:
+            ensure_security_group(aws, settings)
+        with rented(aws, instance):
+            volume = prepared_volume(aws, settings, instance, credentials)
+            snapshot = aws.change(
+                "ec2", "create-snapshot", "--volume-id", volume["VolumeId"],
+                "--description", f"{settings.data_set}, packed",
+                *tags(settings, "data", "snapshot", {DATA_TAG: settings.data_set}),
+                dry={"SnapshotId": "<snapshot>", "State": "completed"},
+            )  # fmt: skip
+    with rented(aws, instance) if instance else contextlib.nullcontext():
+        wait_for_snapshot(aws, snapshot)
     terminate(aws, [instance] if instance else [])
     if volume is not None:
         aws.change("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
     if not aws.dry_run:
         print(f"{settings.data_set} is prepared: snapshot {snapshot['SnapshotId']}")
+
+
+def prepared_volume(
+    aws: Aws, settings: Settings, instance: dict[str, Any], credentials: tuple[str, bytes] | None
+) -> dict[str, Any]:
+    """The volume onto which the instance has downloaded and packed the data."""
+    instance_id = instance["InstanceId"]
+    if instance["State"]["Name"] in ("stopping", "stopped"):
+        wait_until(aws, "instance-stopped", "--instance-ids", instance_id)
+        aws.change("ec2", "start-instances", "--instance-ids", instance_id)
+    wait_until(aws, "instance-running", "--instance-ids", instance_id)
+    volume = ensure_volume(
+        aws, settings, "data", instance["Placement"]["AvailabilityZone"], settings.data_gb,
+        ["--throughput", "250"],
+    )  # fmt: skip
+    attach(aws, volume, instance_id, DATA_DEVICE)
+    machine = log_in(aws, settings, instance_id)
+    machine.push_code()
+    if credentials is not None:
+        name, content = credentials
+        machine.run(f"umask 077; mkdir -p ~/.kaggle; cat > ~/.kaggle/{name}", content)
+    machine.run_detached(
+        "prepare",
+        f"bash scripts/aws/instance/prepare.sh {volume['VolumeId']} {settings.data_set}",
+    )
+    return volume
 
 
 def wait_for_snapshot(aws: Aws, snapshot: dict[str, Any]) -> None:
@@ -305,25 +358,73 @@ def wait_for_snapshot(aws: Aws, snapshot: dict[str, Any]) -> None:
 def launch(options: Launch, aws: Aws) -> None:
     """Rent the GPU, unless that was done, and see to it that the trainer runs and will run."""
     settings = options.settings
+    on_demand = settings.market == "on-demand"
+    price_known = settings.instance_type in ON_DEMAND_USD_H
+    if settings.budget_usd and on_demand and not (price_known or PRICE in settings.trainer_options):
+        raise UserError(
+            f"budget_usd is {settings.budget_usd}, and the price of a {settings.instance_type} is "
+            f"not known here: give {PRICE} in trainer_options"
+        )
     instance = only(find_instances(aws, settings, "train"), "training instances")
     if instance is None:
         instance = rent(options, aws)
     elif not started_again(aws, instance):
         return
-    instance_id = instance["InstanceId"]
+    else:
+        ensure_security_group(aws, settings)
+        profile = ensure_profile(aws, settings)
+        if profile and "IamInstanceProfile" not in instance:  # the mirror was set later
+            once_its_profile_is_known(
+                aws, "ec2", "associate-iam-instance-profile",
+                "--instance-id", instance["InstanceId"], *profile,
+            )  # fmt: skip
+    with rented(aws, instance):
+        start_training(options, aws, instance)
+
+
+def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
+    """See to it that the trainer runs there with these settings, and will run."""
+    settings, instance_id = options.settings, instance["InstanceId"]
     wait_until(aws, "instance-running", "--instance-ids", instance_id)
     zone = instance["Placement"]["AvailabilityZone"]
     runs = ensure_volume(aws, settings, "runs", zone, settings.runs_gb, [])
     attach(aws, runs, instance_id, RUNS_DEVICE)
     machine = log_in(aws, settings, instance_id)
+    wanted = instance_env(aws, settings, instance_id, runs)
+    # It starts with the machine, with the settings that it had.
     if machine.ask("systemctl is-active resnet50-trainer") in ("active", "activating"):
-        print("training runs: see it with watch")
-        return
+        has = machine.ask(f"cat {FOLDER}/aws-instance.env")
+        if _without_price(has) == _without_price(wanted.decode()):
+            print("training runs: see it with watch")
+            return
+        confirm(
+            options,
+            f"training runs with other settings:\n{has}\nIt will be stopped, saved, and started "
+            f"with these:\n{wanted.decode().strip()}",
+        )
+        machine.run("sudo systemctl stop resnet50-trainer")
     machine.push_code()
-    machine.run(f"cat > {FOLDER}/aws-instance.env", instance_env(aws, settings, instance_id, runs))
+    machine.run(f"cat > {FOLDER}/aws-instance.env", wanted)
     machine.run_detached("bootstrap", "bash scripts/aws/instance/bootstrap.sh")
     if not aws.dry_run:
         print("training runs, and goes on by itself after an interruption: see it with watch")
+
+
+def _without_price(env: str) -> list[str]:
+    """The settings in an instance's file but for the spot price, which changes by itself."""
+    return [re.sub(rf"{PRICE} \S+ ?", "", setting).strip() for setting in shlex.split(env)]
+
+
+def taken_by_ec2(aws: Aws, instance: dict[str, Any]) -> str:
+    """Why EC2 has stopped an instance, and will start it again by itself; empty if it has not."""
+    request = instance.get("SpotInstanceRequestId")
+    if not request:
+        return ""
+    (found,) = aws.read(
+        "ec2", "describe-spot-instance-requests", "--spot-instance-request-ids", request
+    )["SpotInstanceRequests"]  # fmt: skip
+    code = found["Status"]["Code"]
+    return "" if code == "instance-stopped-by-user" else code
 
 
 def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
@@ -331,19 +432,14 @@ def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
     print(f"there is an instance already: {describe(instance)}, {instance['State']['Name']}")
     if instance["State"]["Name"] in ("pending", "running"):
         return True
-    request = instance.get("SpotInstanceRequestId")
-    if request:
-        (found,) = aws.read(
-            "ec2", "describe-spot-instance-requests", "--spot-instance-request-ids", request
-        )["SpotInstanceRequests"]  # fmt: skip
-        if found["Status"]["Code"] != "instance-stopped-by-user":
-            print(
-                f"EC2 has taken it ({found['Status']['Code']}), and alone may start it again: it "
-                "does so, and training goes on, once there is capacity in this zone. To begin "
-                "elsewhere: tear-down --keep-snapshot, then launch"
-            )
-            return False
     wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
+    if code := taken_by_ec2(aws, instance):
+        print(
+            f"EC2 has taken it ({code}), and alone may start it again: it "
+            "does so, and training goes on, once there is capacity in this zone. To begin "
+            "elsewhere: tear-down --keep-snapshot, then launch"
+        )
+        return False
     aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
     return True
 
@@ -364,11 +460,12 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
         if home not in zones:
             raise UserError(
                 f"the volume with the runs lies in {home}, another zone: launch there, with "
-                f"zone={home}, or fetch the runs and delete it with tear-down --keep-snapshot"
+                f"zone={home}, and fetch the runs, or delete it with tear-down --keep-snapshot"
             )
         zones = [home]
     spot = settings.market == "spot"
-    price = found.get((settings.instance_type, zones[0])) if spot else None
+    on_demand = ON_DEMAND_USD_H.get(settings.instance_type)
+    price = found.get((settings.instance_type, zones[0])) if spot else on_demand
     disks_gb = size_gb + settings.runs_gb
     filling_usd = size_gb * FILLING_GB_USD * bool(settings.initialization_rate)
     rate = f"${price:.3f} an hour now" if price else "its price on demand"
@@ -410,11 +507,14 @@ def instance_env(aws: Aws, settings: Settings, instance_id: str, runs: dict[str,
         return b""
     instance = instance_state(aws, instance_id)
     disks = {disk["DeviceName"]: disk["Ebs"] for disk in instance["BlockDeviceMappings"]}
-    arguments = [settings.trainer_options]
-    zone = instance["Placement"]["AvailabilityZone"]
-    if settings.market == "spot":
-        price = spot_prices(aws, [instance["InstanceType"]]).get((instance["InstanceType"], zone))
-        arguments += [f"--price-per-hour {price}"] if price else []
+    kind, zone = instance["InstanceType"], instance["Placement"]["AvailabilityZone"]
+    if "InstanceLifecycle" in instance:
+        price = spot_prices(aws, [kind]).get((kind, zone))
+    else:
+        price = ON_DEMAND_USD_H.get(kind)
+    # First, so that one in trainer_options has the last word.
+    arguments = [f"{PRICE} {price}"] if price else []
+    arguments += [settings.trainer_options]
     arguments += [f"--mirror {settings.mirror}"] if settings.mirror else []
     arguments += [f"--budget-usd {settings.budget_usd}"] if settings.budget_usd else []
     values = {
@@ -446,12 +546,16 @@ def watch(options: Watch, aws: Aws) -> None:
     kind, zone = instance["InstanceType"], instance["Placement"]["AvailabilityZone"]
     if "InstanceLifecycle" in instance:
         print(f"${spot_prices(aws, [kind]).get((kind, zone), 0):.4f} an hour now")
+    ensure_security_group(aws, settings)
     machine = log_in(aws, settings, instance["InstanceId"])
     machine.run(f"bash {FOLDER}/scripts/aws/instance/status.sh", check=False)
     if options.nvitop:
         machine.show(f"{FOLDER}/.venv/bin/nvitop")
     elif options.follow:
-        machine.show("tail -n 20 -F $(ls -t /mnt/runs/*/train.log | head -n 1)")
+        machine.show(
+            "log=$(ls -t /mnt/runs/*/train.log 2>/dev/null | head -n 1); if [ $log ]; then "
+            "tail -n 20 -F $log; else journalctl -u resnet50-trainer -n 20 -f; fi"
+        )
 
 
 def fetch(options: Fetch, aws: Aws) -> None:
@@ -461,14 +565,27 @@ def fetch(options: Fetch, aws: Aws) -> None:
     if instance is None:
         raise UserError("no training instance, so no runs to fetch from it: launch makes one")
     started = instance["State"]["Name"] in ("stopping", "stopped")
+    ensure_security_group(aws, settings)
     if started and not started_again(aws, instance):
         raise UserError("the runs can be fetched once EC2 has started the instance again")
-    machine = log_in(aws, settings, instance["InstanceId"])
-    # The trainer has found its run finished, and would stop the machine while files are copied.
-    machine.ask("sudo systemctl stop resnet50-poweroff.timer")
-    machine.pull("/mnt/runs", options.to, [] if options.checkpoints else ["checkpoints"])
-    if started:
-        aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
+    try:
+        machine = log_in(aws, settings, instance["InstanceId"])
+        here = f"cd {FOLDER}/scripts/aws/instance"
+        if started:  # for this alone: it shall not train, and not stay if nobody stops it below
+            machine.run(
+                f"{here} && sudo systemctl stop resnet50-trainer && sudo bash poweroff.sh 2h && "
+                f". ~/{FOLDER}/aws-instance.env && sudo bash mount.sh $RUNS_VOLUME /mnt/runs"
+            )
+        # Training has ended, and the machine would stop while files are copied.
+        ends = machine.ask("systemctl is-active resnet50-poweroff.timer") == "active"
+        if ends and not started:
+            machine.run(f"{here} && sudo bash poweroff.sh 2h")
+        machine.pull("/mnt/runs", options.to, [] if options.checkpoints else ["checkpoints"])
+        if ends and not started:
+            machine.run(f"{here} && sudo bash poweroff.sh 10min")
+    finally:
+        if started:
+            aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
 
 
 def stop(options: Stop, aws: Aws) -> None:
@@ -476,6 +593,12 @@ def stop(options: Stop, aws: Aws) -> None:
     instance = only(find_instances(aws, options.settings, "train"), "training instances")
     if instance is None or instance["State"]["Name"] in ("stopping", "stopped"):
         print("no training instance runs")
+        stopped = instance is not None and instance["State"]["Name"] == "stopped"
+        if stopped and (code := taken_by_ec2(aws, instance)):
+            print(
+                f"but EC2 has taken one ({code}), and starts it again by itself: tear-down "
+                "--keep-snapshot --keep-runs ends that"
+            )
         return
     aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
     wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
@@ -516,7 +639,9 @@ def tear_down(options: TearDown, aws: Aws) -> None:
         *(f"role {name}" for name in roles),
     ]
     if not lines:
-        print(f"nothing bears the tag {PROJECT_TAG}={settings.project}")
+        zones = aws.read("ec2", "describe-availability-zones")["AvailabilityZones"]
+        region = zones[0]["RegionName"]
+        print(f"nothing in {region} bears the tag {PROJECT_TAG}={settings.project}")
         return
     warning = " The runs' checkpoints and results go too." * any(
         tag_of(one, ROLE_TAG) == "runs" for one in volumes
@@ -530,9 +655,11 @@ def tear_down(options: TearDown, aws: Aws) -> None:
     left = {v["VolumeId"] for v in (volumes if aws.dry_run else find_volumes(aws, settings))}
     for volume in volumes:
         if volume["VolumeId"] in left:
-            aws.change("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
+            with already_gone():
+                aws.change("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
     for snapshot in snapshots:
-        aws.change("ec2", "delete-snapshot", "--snapshot-id", snapshot["SnapshotId"])
+        with already_gone():
+            aws.change("ec2", "delete-snapshot", "--snapshot-id", snapshot["SnapshotId"])
     for group in groups:
         aws.change("ec2", "delete-security-group", "--group-id", group["GroupId"])
     for key in keys:
@@ -566,6 +693,7 @@ COMMANDS = {
 def main() -> None:
     """Run one command."""
     options = parse_options(CloudOptions, __doc__).command
+    check_settings(options.settings)
     COMMANDS[type(options)](options, Aws(options.settings.region, options.dry_run))
     if options.dry_run:
         print("dry run: nothing was changed")

@@ -122,11 +122,13 @@ class Machine:
         """Copy the runs in a folder there; raises UserError where a run here is not from there."""
         there = self.ask(f"ls {folder}").split()
         runs = [name for name in there if name != "lost+found"]
+        if not runs and not self.dry_run:
+            raise UserError(f"there is no run in {folder} of {self.address} yet")
         for name in runs:
             here = to / name
             if here.exists() and not (here / FETCHED).exists():
                 raise UserError(f"{here} is there, and was not fetched: choose another --to")
-        print(f"fetching {', '.join(runs) or 'nothing'} from {self.address} to {to}", flush=True)
+        print(f"fetching {', '.join(runs)} from {self.address} to {to}", flush=True)
         if not runs:
             return
         to.mkdir(parents=True, exist_ok=True)
@@ -177,14 +179,23 @@ def _repository_files() -> list[str]:
     if listed.returncode == 0:
         names = listed.stdout.split("\0")
     else:  # downloaded without git
-        ignored = {".venv", "data", "runs", "__pycache__"}
+        ignored = {".venv", ".venv-sky", "data", "runs", "__pycache__"}
         paths = (path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*"))
         names = [str(path) for path in paths if not ignored & set(path.parts)]
     return [name for name in names if name and (REPOSITORY / name).is_file()]
 
 
 def _commit_bundle() -> Path | None:
-    """A file with the commit that is checked out and its history; None outside git."""
+    """A file with the commit that is checked out and its history.
+
+    None outside git, and in a shallow clone, whose bundle nobody could read.
+    """
+    shallow = subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    if shallow.stdout.strip() != "false":
+        return None
     with tempfile.NamedTemporaryFile(suffix=".bundle", delete=False) as file:
         path = Path(file.name)
     done = subprocess.run(

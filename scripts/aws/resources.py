@@ -2,12 +2,13 @@
 
 import datetime
 import json
+import time
 import urllib.request
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cli import Aws, AwsError
-from machine import public_key_of
+from machine import key_of, public_key_of
 from settings import Settings
 
 from utils import UserError
@@ -16,6 +17,7 @@ PROJECT_TAG, ROLE_TAG, DATA_TAG = "resnet50-project", "resnet50-role", "resnet50
 ALIVE = "pending,running,stopping,stopped"  # instances that are not gone
 # No capacity, or the type is not offered there: try the next zone.
 OTHER_ZONE = ("InsufficientInstanceCapacity", "Unsupported", "SpotMaxPriceTooLow")
+PROFILE_S, PROFILE_POLL_S = 90.0, 3.0  # EC2 hears of a new instance profile some seconds late
 
 
 # ------------------------------------------------------------------------------ what there is
@@ -85,7 +87,8 @@ def only(found: list[dict[str, Any]], what: str) -> dict[str, Any] | None:
     if len(found) > 1:
         raise UserError(
             f"there are {len(found)} {what} with the project's tag: two commands ran at once; see "
-            "them with tear-down --dry-run, and delete the one too many"
+            "them with tear-down --dry-run, and delete the one too many (a spot request before its "
+            "instance: it would bring another)"
         )
     return found[0] if found else None
 
@@ -118,10 +121,18 @@ def own_address() -> str:
 
 
 def ensure_key(aws: Aws, settings: Settings) -> None:
-    """A key pair in EC2 for this computer's key, both made where they are not there."""
+    """A key pair in EC2 for this computer's key, both made where they are not there.
+
+    Raises UserError where the key is on another computer: what is rented could not be used here.
+    """
     found = aws.read(
         "ec2", "describe-key-pairs", "--filters", f"Name=key-name,Values={settings.project}"
     )["KeyPairs"]
+    if found and not aws.dry_run and not key_of(settings).exists():
+        raise UserError(
+            f"{key_of(settings)} is not on this computer: copy it from the one where it was made, "
+            f"or make another: aws ec2 delete-key-pair --key-name {settings.project}"
+        )
     public = public_key_of(settings, make=not found and not aws.dry_run)
     if not found:
         aws.change(
@@ -217,13 +228,23 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
 def find_profiles(aws: Aws, settings: Settings) -> tuple[dict[str, list[str]], list[str]]:
     """The project's instance profiles, each with its roles' names, and its roles."""
     name = settings.project
-    profiles = {
-        profile["InstanceProfileName"]: [role["RoleName"] for role in profile["Roles"]]
-        for profile in aws.read("iam", "list-instance-profiles")["InstanceProfiles"]
-        if profile["InstanceProfileName"] == name
-    }
-    roles = [role["RoleName"] for role in aws.read("iam", "list-roles")["Roles"]]
-    return profiles, [role for role in roles if role == name]
+    profile = _tagged(aws, settings, "instance-profile", "InstanceProfile")
+    role = _tagged(aws, settings, "role", "Role")
+    roles_in_it = [one["RoleName"] for one in profile["Roles"]] if profile else []
+    return {name: roles_in_it} if profile else {}, [name] if role else []
+
+
+def _tagged(aws: Aws, settings: Settings, kind: str, key: str) -> dict[str, Any] | None:
+    """IAM's role or profile of the project's name, if it bears the project's tag; else None."""
+    try:
+        found = aws.read("iam", f"get-{kind}", f"--{kind}-name", settings.project)[key]
+    except AwsError as error:
+        # Who needs no mirror needs no permission for IAM, and has nothing there.
+        allowed = ("NoSuchEntity",) if settings.mirror else ("NoSuchEntity", "AccessDenied")
+        if error.code not in allowed:
+            raise
+        return None
+    return found if tag_of(found, PROJECT_TAG) == settings.project else None
 
 
 def role_policy(aws: Aws, role: str) -> dict[str, Any] | None:
@@ -310,8 +331,9 @@ def run_instance(
     kinds = "instance volume" + " spot-instances-request" * spot
     for zone in zones:
         try:
-            return aws.change(
-                "ec2", "run-instances", "--image-id", image_id, "--instance-type", instance_type,
+            return once_its_profile_is_known(
+                aws, "ec2", "run-instances", "--image-id", image_id,
+                "--instance-type", instance_type,
                 "--placement", f"AvailabilityZone={zone}", "--key-name", settings.project,
                 "--security-group-ids", group,
                 "--metadata-options", "HttpTokens=required,HttpPutResponseHopLimit=2",
@@ -332,6 +354,21 @@ def run_instance(
                 raise
             print(f"{zone}: {error}: trying the next zone", flush=True)
     raise AssertionError("zones_with gives at least one")
+
+
+def once_its_profile_is_known(aws: Aws, *arguments: object, dry: Any = None) -> Any:
+    """aws.change(), again for a while if EC2 does not know a new instance profile yet."""
+    deadline = time.monotonic() + PROFILE_S
+    while True:
+        try:
+            return aws.change(*arguments, dry=dry)
+        except AwsError as error:
+            # "Invalid IAM Instance Profile name", "... has no associated IAM Roles".
+            about_it = "instanceprofile" in str(error).lower().replace(" ", "")
+            if not about_it or time.monotonic() > deadline:
+                raise
+        print("EC2 does not know the instance profile yet", flush=True)
+        time.sleep(PROFILE_POLL_S)
 
 
 def ensure_volume(

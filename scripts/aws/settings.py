@@ -96,7 +96,7 @@ def load_settings() -> Settings:
             raise UserError(f"{where}: there is no setting {name}; known are {', '.join(fields)}")
         values[name] = _typed(fields[name], value, where)
     settings = Settings(**values)
-    _check(settings)
+    check_settings(settings)
     return settings
 
 
@@ -112,7 +112,8 @@ def _typed(field: dataclasses.Field, value: str, where: str) -> object:
         raise UserError(f"{where}: {field.name} is {value!r}: it must be a number") from None
 
 
-def _check(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
+    """Refuse what AWS or the trainer would refuse once it costs; raises UserError."""
     ranges = {
         "archive_gb": (20, 16_384),
         "data_gb": (1, 16_384),
@@ -132,5 +133,7 @@ def _check(settings: Settings) -> None:
         raise UserError(f"project is {settings.project!r}: use up to 40 letters, digits and dashes")
     if set(settings.trainer_options) & set("'\"\\$`"):
         raise UserError("trainer_options must do without quotes, backslashes and dollars")
+    if not 0 <= settings.budget_usd < float("inf"):
+        raise UserError(f"budget_usd is {settings.budget_usd}: it must be 0 or more")
     if settings.mirror and not settings.mirror.startswith("s3://"):
         raise UserError(f"mirror is {settings.mirror}: here it must be s3://bucket/prefix")

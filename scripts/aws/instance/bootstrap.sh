@@ -4,15 +4,24 @@
 # From then on systemd starts it at every start of the machine.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
-bash scripts/aws/instance/install.sh
+here=scripts/aws/instance
 set -a
 # shellcheck disable=SC1091
 . ./aws-instance.env
 set +a
-sudo --preserve-env bash scripts/aws/instance/start.sh
+sudo bash $here/poweroff.sh never # a run that had ended may have asked for it
+failed() {
+    if [ "$WHEN_DONE" = stop ]; then
+        sudo bash $here/poweroff.sh 10min
+        echo "this machine stops in ten minutes, unless launch is given again"
+    fi
+}
+trap failed ERR
+bash $here/install.sh
+sudo --preserve-env bash $here/start.sh
 echo "looking whether this machine can do the job ..."
-bash scripts/aws/instance/train.sh --dry-run
+bash $here/train.sh --dry-run
 sed -e "s|@USER@|$(id -un)|" -e "s|@FOLDER@|$PWD|" \
-    scripts/aws/instance/resnet50-trainer.service >resnet50-trainer.service
+    $here/resnet50-trainer.service >resnet50-trainer.service
 sudo systemctl daemon-reload
 sudo systemctl enable --now "$PWD/resnet50-trainer.service"

@@ -5,6 +5,9 @@ set -euo pipefail
 volume=$1 data_set=$2
 store=$data_set.store
 cd "$(dirname "$0")/../../.."
+# Nobody may be there when it ends, well or not, and a machine that waits costs. prepare starts it again.
+sudo bash scripts/aws/instance/poweroff.sh never
+trap 'sudo bash scripts/aws/instance/poweroff.sh 1h' EXIT
 sudo bash scripts/aws/instance/mount.sh "$volume" /mnt/data
 sudo chown "$(id -un)" /mnt/data
 if ! (cd /mnt/data && sha256sum --check --quiet --status "$store.sha256" 2>/dev/null); then

@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 here=scripts/aws/instance
+failed() { if [ "$WHEN_DONE" = stop ]; then bash $here/poweroff.sh 10min; fi; }
+trap failed ERR # without it a machine that cannot train would wait, and cost, for ever
 bash $here/mount.sh "$DATA_VOLUME" /mnt/data
 bash $here/mount.sh "$RUNS_VOLUME" /mnt/runs
 chown "$TRAINER_USER" /mnt/runs
@@ -13,9 +15,9 @@ if ! mountpoint -q $nvme; then
     nvme=/mnt/nvme
     device=$(find /dev/disk/by-id -name 'nvme-Amazon_EC2_NVMe_Instance_Storage_*' | sort | head -n 1)
     if [ -n "$device" ] && ! mountpoint -q $nvme; then
-        if ! blkid --probe "$device" >/dev/null; then mkfs.ext4 -q -m 0 "$device"; fi
         mkdir -p $nvme
-        mount "$device" $nvme
+        if ! blkid --probe "$device" >/dev/null; then mkfs.ext4 -q -m 0 "$device" || true; fi
+        mount "$device" $nvme || echo "the local disk cannot be used: training reads the volume"
     fi
 fi
 # Between two starts without a stop it is there already. The trainer checks each picture it reads.

@@ -196,13 +196,14 @@ def human_names(classes: tuple[str, ...]) -> list[str]:
     import torchvision  # as in model.py
 
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    if len(classes) == len(imagenet) and all(_is_wordnet_id(name) for name in classes):
+    if len(classes) == len(imagenet) and all(is_wordnet_id(name) for name in classes):
         return list(imagenet)  # both are sorted by WordNet id
     imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
     return [imagenette[name][0] if name in imagenette else name for name in classes]
 
 
-def _is_wordnet_id(name: str) -> bool:
+def is_wordnet_id(name: str) -> bool:
+    """Whether a class has the name of one of ImageNet's folders."""
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 

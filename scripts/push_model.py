@@ -345,7 +345,9 @@ def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[Non
         yield
     except UserError:
         raise
-    except Exception as error:  # httpx's, huggingface_hub's, hf_xet's and the system's
+    except Exception as raised:  # httpx's, huggingface_hub's, hf_xet's and the system's
+        # Of a large file's upload the hub's answer is only the cause.
+        error = raised.__cause__ if isinstance(raised.__cause__, Exception) else raised
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = {
             401: "the hub does not know this token: give `hf auth login` or HF_TOKEN a new one",
@@ -353,8 +355,8 @@ def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[Non
             "https://huggingface.co/settings/tokens, or name another repo",
         }.get(
             status,
-            f"the hub is out of reach or out of order ({mirror.in_words(error)}): "
-            "try the same command again later",
+            f"the hub is out of reach or out of order ({mirror.in_words(error)}): try the same "
+            "command again later",
         )
         raise UserError(f"{advice}; {done_so_far}", EXIT_FAILED) from None
 
@@ -392,7 +394,7 @@ def push(files: dict[str, bytes], options: PushOptions) -> str:
             is_new = True
     if not is_new:
         check_overwriting(files, found, options)
-    done = "nothing was sent"
+    done = f"{repo} is as it was"
     if is_new:
         with hub_errors(repo):
             api.create_repo(repo, private=not options.public)

@@ -238,9 +238,8 @@ def test_a_hub_that_fails_midway_gets_no_half_of_it(at_hub: Hub) -> None:
     )
     assert at_hub.repos == {"models/user/tiny": {}} and at_hub.private["models/user/tiny"]
     at_hub.fault, at_hub.fault_at = 400, "/large/"
-    assert refused().endswith(
-        "(it answers 400): try the same command again later; nothing was sent"
-    )
+    told = "(it answers 400): try the same command again later; user/tiny is as it was"
+    assert refused().endswith(told)
     at_hub.fault, at_hub.fault_at = "hang", "/api/models/"
     assert "(it does not answer)" in refused()
     at_hub.fault = None
@@ -287,8 +286,10 @@ def test_files_that_are_there_are_asked_about(at_hub: Hub, monkeypatch: pytest.M
 def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ((tmp_path, "user/tiny"), f"no {tmp_path}/best.pt: name a run's folder, such as runs/NAME"),
-        ((run, "tiny"), "'tiny' is no name for a repo: write USER/REPO"),
-        ((run, "https://huggingface.co/user/tiny"), "is no name for a repo"),
+        (
+            (run, "https://a.b/user/tiny"),
+            "'https://a.b/user/tiny' is no name for a repo: write USER/REPO",
+        ),
     ):
         done = run_stage_command("scripts/push_model.py", *arguments)
         assert done.returncode == 2

@@ -160,7 +160,7 @@ def data_name(config: Config, classes: list[str], row: dict[str, Any]) -> str:
         return "Imagenette"
     if config.train_folder_name == RECIPES["quickstart"].train_folder_name:
         return "scikit-learn's handwritten digits"
-    return f"pictures of {len(classes)} classes"
+    return "a data set of its own"
 
 
 def write_card(

@@ -1,23 +1,32 @@
-"""Export a trained model as TorchScript, for the app and for anything that runs PyTorch.
+"""Export a trained model as TorchScript, for the app, and as what other tools read.
 
     python3 generate_trace_model.py                       the most recent run, its best weights
     python3 generate_trace_model.py --name NAME --weights last
+    python3 generate_trace_model.py --formats torchscript pt2 onnx
 
 Reads config.json and best.pt of runs/<name>/. Writes into runs/<name>/export/, and copies into the
 app's folder: model.pt (TorchScript, float32), model.json (labels, input size, mean, deviation and
-resize rule, the accuracy that was measured, the SHA-256 of model.pt) and examples/ (a few
-validation images). Nothing is written unless the traced outputs equal the model's to 1e-5.
+resize rule, the accuracy that was measured, the SHA-256 of each file) and examples/ (a few
+validation images). Nothing is written unless the outputs of each file, read back, equal the
+model's: to 1e-5, in ONNX to 1e-4, for one picture and for seven or more at once.
 
-TorchScript is deprecated in PyTorch and does not work from Python 3.14 on; README.md says what
-will take its place.
+TorchScript is deprecated in PyTorch and does not work from Python 3.14 on. What takes its place is
+written on request, in float32 and for batches of any size, and only into runs/<name>/export/:
+
+    model.pt2    torch.export's file, for `torch.export.load("model.pt2").module()`; it carries
+                 model.json as an extra file of that name
+    model.onnx   ONNX of opset 18, for ONNX Runtime and others; the fields of model.json are its
+                 metadata_props (pip install -r requirements-export.txt)
 """
 
 import contextlib
 import hashlib
+import importlib.util
 import io
+import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +55,11 @@ from utils import (
     write_json,
 )
 
-TOLERANCE = 1e-5  # largest difference between a traced and an eager logit
+# Largest difference between an exported and an eager logit. ONNX Runtime has convolutions of its
+# own, and BatchNorm folded into them.
+TOLERANCES = {"torchscript": 1e-5, "pt2": 1e-5, "onnx": 1e-4}
+LEAST_BATCH = 7  # images in a batch that the formats are compared on, beside one alone
+ONNX_OPSET = 18  # the exporter's own; later ones have nothing that ResNet-50 uses
 RESIZE_RULE = (
     "turn as EXIF says, put transparency on white, RGB; shorter side to resize_px, bilinear with "
     "antialiasing as Pillow has it; centre crop of input_px; divide by 255, less mean, over std"
@@ -67,18 +80,115 @@ class Example(NamedTuple):
     content: bytes  # of that file
 
 
+class Export(NamedTuple):
+    """The model as a file of one format."""
+
+    file: str  # its name
+    content: bytes
+    run: Callable[[torch.Tensor], torch.Tensor]  # what a reader of the file will get
+    about: dict[str, Any]  # what model.json has beside the file's name and hash
+
+
 def trace(model: ResNet50Wrapper, px: int) -> torch.jit.ScriptModule:
     """The model as TorchScript, for inputs (N, 3, px, px)."""
     return torch.jit.trace(model, torch.zeros(1, 3, px, px))
 
 
+def as_torchscript(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) -> Export:
+    """TorchScript, which has no place for the metadata; prints its graph."""
+    # Said once, in the README, and not five times at every export.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
+    print("Tracing model on device: cpu")
+    traced = trace(model, px)
+    print(traced.graph)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    content = buffer.getvalue()
+    return Export("model.pt", content, torch.jit.load(io.BytesIO(content)), {})
+
+
+def export_program(model: ResNet50Wrapper, px: int) -> torch.export.ExportedProgram:
+    """The model as torch.export has it, for inputs (N, 3, px, px) of any N from 1 on."""
+    batch = {0: torch.export.Dim("batch", min=1)}
+    # A batch of two: torch.export would take one of one picture for a constant.
+    program = torch.export.export(model, (torch.zeros(2, 3, px, px),), dynamic_shapes=(batch,))
+    for node in program.graph.nodes:  # which lines made it, with the folders of this computer
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def as_pt2(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) -> Export:
+    """torch.export's file, the metadata in it as the extra file model.json."""
+    buffer = io.BytesIO()
+    extra_files = {"model.json": json.dumps(metadata)}
+    torch.export.save(export_program(model, px), buffer, extra_files=extra_files)
+    content = buffer.getvalue()
+    loaded = torch.export.load(io.BytesIO(content)).module()
+    return Export("model.pt2", content, loaded, {})
+
+
+def as_onnx(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) -> Export:
+    """ONNX by the exporter that builds on torch.export; each field of the metadata is a property.
+
+    A property is text: what is no text is put there as JSON.
+    """
+    import onnx
+    import onnxruntime
+
+    proto = torch.onnx.export(
+        export_program(model, px),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=ONNX_OPSET,
+    ).model_proto
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del proto.graph.value_info[:]  # shapes between the layers, in which it has another name
+    properties = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+    }
+    onnx.helper.set_model_props(proto, properties)
+    onnx.checker.check_model(proto)
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return Export("model.onnx", content, run, {"opset": ONNX_OPSET})
+
+
+EXPORTERS = {"torchscript": as_torchscript, "pt2": as_pt2, "onnx": as_onnx}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise UserError if none is asked for, or a package that one needs is not installed."""
+    if not formats:
+        raise UserError(f"no --formats: name one or several of {', '.join(EXPORTERS)}")
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if "onnx" in formats and missing:
+        raise UserError(
+            f"--formats onnx needs {', '.join(missing)}: pip install -r requirements-export.txt"
+        )
+
+
 def largest_difference(
-    model: ResNet50Wrapper, traced: torch.jit.ScriptModule, images: torch.Tensor
+    model: Callable[[torch.Tensor], torch.Tensor],
+    exported: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
 ) -> float:
-    """The largest difference of any logit: of the batch (N, 3, H, W), and of its first alone."""
+    """The largest difference of any logit: of the batch (N, 3, H, W), and of its first alone.
+
+    Of fewer than LEAST_BATCH images, some are in the batch several times.
+    """
+    batch = images[torch.arange(max(LEAST_BATCH, len(images))) % len(images)]
     with torch.inference_mode():
-        pairs = [(model(batch), traced(batch)) for batch in (images, images[:1])]
-    return max((eager - exported).abs().max().item() for eager, exported in pairs)
+        pairs = [(model(batch), exported(batch)) for batch in (batch, images[:1])]
+    return max((eager - logits).abs().max().item() for eager, logits in pairs)
 
 
 def human_names(classes: tuple[str, ...]) -> list[str]:
@@ -86,13 +196,14 @@ def human_names(classes: tuple[str, ...]) -> list[str]:
     import torchvision  # as in model.py
 
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    if len(classes) == len(imagenet) and all(_is_wordnet_id(name) for name in classes):
+    if len(classes) == len(imagenet) and all(is_wordnet_id(name) for name in classes):
         return list(imagenet)  # both are sorted by WordNet id
     imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
     return [imagenette[name][0] if name in imagenette else name for name in classes]
 
 
-def _is_wordnet_id(name: str) -> bool:
+def is_wordnet_id(name: str) -> bool:
+    """Whether a class has the name of one of ImageNet's folders."""
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
@@ -148,10 +259,10 @@ def example_images(examples: Sequence[Example], config: Config) -> torch.Tensor:
 
 
 def main() -> None:
-    """Trace, compare, and write the files that the app reads."""
+    """Export, compare, and write the files."""
     options = parse_options(DeploymentConfig, __doc__)
-    # Said once, in the README, and not five times at every export.
-    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
+    formats = tuple(dict.fromkeys(options.formats))
+    check_formats(formats)
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name)
     if not options.name:
@@ -162,7 +273,9 @@ def main() -> None:
         raise UserError(f"no {weights}: train the run first with python3 trainer.py --name {name}")
     config = Config(**record["config"])
     classes = tuple(record["classes"])
-    targets = {folder / "export": "--runs-folder", Path(options.app_folder): "--app-folder"}
+    targets = {folder / "export": "--runs-folder"}
+    if "torchscript" in formats:
+        targets[Path(options.app_folder)] = "--app-folder"
     for target, option in targets.items():
         check_writable(target, option)
     accuracy = measured_accuracy(folder, options.weights)
@@ -172,34 +285,12 @@ def main() -> None:
         raise UserError(f"{error}: put a copy there, or export another with --weights") from None
     print(options)
 
-    print("Tracing model on device: cpu")
-    traced = trace(model, config.val_px)
-    print(traced.graph)
-
     labels = human_names(classes)
     examples = choose_examples(config.val_folder_name, classes, options.examples)
     images = example_images(examples, config)
-    buffer = io.BytesIO()
-    torch.jit.save(traced, buffer)
-    content = buffer.getvalue()
-    exported = torch.jit.load(io.BytesIO(content))  # what a reader of the file will get
-    difference = largest_difference(model, exported, images)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"traced and eager outputs differ by {difference:.2g}, more than {TOLERANCE:.0e}: "
-            "nothing was written",
-            EXIT_FAILED,
-        )
-    print(
-        f"traced and eager outputs differ by at most {difference:.1e} (allowed: {TOLERANCE:.0e}) "
-        f"on {len(images)} {'validation images' if examples else 'pictures of noise'}"
-    )
-    show_predictions(exported, images, labels, examples)
     metadata = {
         "format": 1,
         "name": name,
-        "file": "model.pt",
-        "sha256": hashlib.sha256(content).hexdigest(),
         "classes": list(classes),
         "labels": labels,
         "input_px": config.val_px,
@@ -208,15 +299,41 @@ def main() -> None:
         "std": list(STD),
         "resize_rule": RESIZE_RULE,
         "weights": options.weights,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         **accuracy,
     }
+    exports: dict[str, Export] = {}
+    for kind in formats:
+        exports[kind] = EXPORTERS[kind](model, config.val_px, metadata)
+        compare(kind, model, exports[kind], images, bool(examples))
+    show_predictions(exports[formats[0]].run, images, labels, examples)
     for target in targets:
-        write_export(target, content, metadata, examples)
-        print(f"wrote {target / 'model.pt'}, model.json and examples/")
+        # The app reads TorchScript.
+        kinds = formats if target == folder / "export" else ("torchscript",)
+        write_export(target, {kind: exports[kind] for kind in kinds}, metadata, examples)
+
+
+def compare(
+    kind: str, model: ResNet50Wrapper, export: Export, images: torch.Tensor, are_photos: bool
+) -> None:
+    """Say by how much an export's outputs differ from the model's; UserError if by too much."""
+    word = "traced" if kind == "torchscript" else kind
+    difference = largest_difference(model, export.run, images)
+    if not difference <= TOLERANCES[kind]:
+        raise UserError(
+            f"{word} and eager outputs differ by {difference:.2g}, more than "
+            f"{TOLERANCES[kind]:.0e}: nothing was written",
+            EXIT_FAILED,
+        )
+    print(
+        f"{word} and eager outputs differ by at most {difference:.1e} (allowed: "
+        f"{TOLERANCES[kind]:.0e}) on {len(images)} "
+        f"{'validation images' if are_photos else 'pictures of noise'}"
+    )
 
 
 def show_predictions(
-    exported: torch.jit.ScriptModule,
+    exported: Callable[[torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     labels: list[str],
     examples: Sequence[Example],
@@ -244,16 +361,33 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def write_export(
-    folder: Path, content: bytes, metadata: dict[str, Any], examples: Sequence[Example]
+    folder: Path, exports: dict[str, Export], metadata: dict[str, Any], examples: Sequence[Example]
 ) -> None:
-    """Write model.pt, model.json and examples/ into a folder, in place of an earlier export."""
+    """Write the models, model.json and examples/ into a folder, in place of an earlier export."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / metadata["file"], content)
-    write_json(folder / "model.json", metadata)
+    described = {
+        kind: {
+            "file": export.file,
+            "sha256": hashlib.sha256(export.content).hexdigest(),
+            **export.about,
+        }
+        for kind, export in exports.items()
+    }
+    for export in exports.values():
+        write_atomically(folder / export.file, export.content)
+    # The app looks for its file by the first two.
+    write_json(
+        folder / "model.json",
+        {**metadata, **described.get("torchscript", {}), "formats": described},
+    )
+    files = [export.file for export in exports.values()]
+    for other in {"model.pt", "model.pt2", "model.onnx"} - set(files):
+        (folder / other).unlink(missing_ok=True)
     shutil.rmtree(folder / "examples", ignore_errors=True)
     (folder / "examples").mkdir()
     for example in examples:
         (folder / "examples" / example.file_name).write_bytes(example.content)
+    print(f"wrote {folder / files[0]}, {', '.join([*files[1:], 'model.json'])} and examples/")
 
 
 if __name__ == "__main__":

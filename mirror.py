@@ -164,21 +164,8 @@ class _HuggingFaceStore:
     """
 
     def __init__(self, repo_type: str, repo_id: str, folder: str) -> None:
-        import huggingface_hub
-        import huggingface_hub.errors
-        import huggingface_hub.hf_api
-        import huggingface_hub.utils
-
-        # By itself it waits for ever, shows bars, and prints the addresses that failed, of which
-        # some are signed.
-        limits = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S)
-        hooks = {"request": [lambda request: request.extensions.update(timeout=limits)]}
-        client = type(huggingface_hub.utils.get_session())
-        huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, event_hooks=hooks))
-        huggingface_hub.utils.disable_progress_bars()
-        huggingface_hub.utils.logging.set_verbosity_error()
-        self.hub = huggingface_hub
-        self.api = huggingface_hub.HfApi()
+        self.hub = quiet_hub()
+        self.api = self.hub.HfApi()
         self.repo, self.folder = {"repo_type": repo_type, "repo_id": repo_id}, folder
 
     def sizes(self) -> dict[str, int]:
@@ -207,6 +194,26 @@ class _HuggingFaceStore:
 
     def remove(self, name: str) -> None:
         self.api.delete_file(f"{self.folder}/{name}", **self.repo)
+
+
+def quiet_hub() -> Any:
+    """The package huggingface_hub, told to give up after TIMEOUT_S and to print nothing.
+
+    By itself it waits for ever, shows bars, and prints the addresses that failed, of which some are
+    signed.
+    """
+    import huggingface_hub
+    import huggingface_hub.errors
+    import huggingface_hub.hf_api
+    import huggingface_hub.utils
+
+    limits = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S)
+    hooks = {"request": [lambda request: request.extensions.update(timeout=limits)]}
+    client = type(huggingface_hub.utils.get_session())
+    huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, event_hooks=hooks))
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    return huggingface_hub
 
 
 def open_store(url: str, run_name: str) -> Store:
@@ -258,7 +265,7 @@ def start(url: str, folder: Path) -> "Mirror":
     except UserError:
         raise
     except Exception as error:  # boto3's, huggingface_hub's and the system's have nothing in common
-        words = _in_words(error)
+        words = in_words(error)
         if here is None:
             raise UserError(
                 f"the mirror {url} cannot be read ({words}), and {folder} has no checkpoint: a run "
@@ -322,7 +329,7 @@ def try_access(url: str, folder: Path) -> Access:
     try:
         there = store.sizes()
     except Exception as error:  # of many kinds, as in start
-        refused["list"] = _in_words(error)
+        refused["list"] = in_words(error)
     # Where something else than a permission is missing, all others would fail likewise.
     if not refused or " 403" in refused["list"]:
         for action, try_it in (
@@ -333,7 +340,7 @@ def try_access(url: str, folder: Path) -> Access:
             try:
                 try_it()
             except Exception as error:
-                refused[action] = _in_words(error)
+                refused[action] = in_words(error)
                 if action == "write":
                     break
             written = written or action == "write"
@@ -449,7 +456,7 @@ class Mirror:
             try:
                 self._copy_newest()
             except Exception as error:  # whatever it is, training shall not know
-                words = _in_words(error)
+                words = in_words(error)
                 with self._changed:
                     failed_before, self._trouble = self._trouble, words
                     self._changed.notify_all()
@@ -648,7 +655,7 @@ def _patiently(action: Callable[[], Answer]) -> Answer:
     return action()
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """What went wrong at a store; never its own text, in which a signed address may stand."""
     if isinstance(error, MirrorError):
         return str(error)

@@ -1,6 +1,7 @@
 """The export: what is printed and written, and that nothing unequal leaves the stage."""
 
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -8,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -100,6 +103,126 @@ def test_the_command_prints_and_writes_what_the_readme_says(runs: Path, tmp_path
         said = re.search(rf"/{path.stem}/.*: class_(\d), (\S+) %", done.stdout)
         # A grey level of rounding may separate the two ways to resize.
         assert abs(float(answer[int(said[1])]) - float(said[2]) / 100) < 0.005
+
+
+def test_pt2_and_onnx_carry_what_model_json_says(runs: Path, tmp_path: Path) -> None:
+    """Each runs by itself, for any number of pictures, and gives the answers of the weights."""
+    done = export(runs, tmp_path, "--formats", "torchscript", "pt2", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    differences = {
+        kind: float(said)
+        for kind, said in re.findall(
+            r"(\w+) and eager outputs differ by at most (\S+)", done.stdout
+        )
+    }
+    assert list(differences) == ["traced", "pt2", "onnx"]
+    assert 0 < differences["onnx"] <= 1e-4  # another arithmetic did run
+    folder = runs / "tiny/export"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("examples", "model.json", "model.onnx", "model.pt", "model.pt2")
+    ]
+    assert not {"model.pt2", "model.onnx"} & {path.name for path in (tmp_path / "app").iterdir()}
+
+    metadata = json.loads((folder / "model.json").read_text())
+    formats = metadata.pop("formats")
+    assert formats["onnx"].pop("opset") == 18
+    for kind, file in (("torchscript", "model.pt"), ("pt2", "model.pt2"), ("onnx", "model.onnx")):
+        content = (folder / file).read_bytes()
+        assert formats[kind] == {"file": file, "sha256": hashlib.sha256(content).hexdigest()}
+        for place in (str(Path(utils.__file__).parent), str(runs), "site-packages"):
+            if kind != "torchscript":  # no folder of this computer is in it
+                assert place.encode() not in content
+    inside = {key: metadata[key] for key in metadata if key not in ("file", "sha256")}
+    weights = (runs / "tiny/best.pt").read_bytes()
+    assert inside["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert (inside["labels"], inside["val_top1"]) == (["class_0", "class_1", "class_2"], 40)
+
+    extra_files = {"model.json": ""}
+    program = torch.export.load(folder / "model.pt2", extra_files=extra_files).module()
+    assert json.loads(extra_files["model.json"]) == inside
+    proto = onnx.load(folder / "model.onnx")
+    assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 18)]
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
+    assert set(properties) == set(inside)
+    for key, value in inside.items():
+        assert properties[key] == value or json.loads(properties[key]) == value
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [session.get_inputs()[0].name, *session.get_inputs()[0].shape] == [
+        *("images", "batch", 3, 64, 64)
+    ]
+    model = load_weights(runs / "tiny/best.pt", 3).eval()
+    for images in (1, 2, 7, 12):
+        batch = torch.randn(images, 3, 64, 64)
+        with torch.inference_mode():
+            logits = model(batch)
+            assert (program(batch) - logits).abs().max() <= 1e-5
+        (answer,) = session.run(["logits"], {"images": batch.numpy()})
+        assert (torch.from_numpy(answer) - logits).abs().max() <= 1e-4
+
+
+def test_without_torchscript_the_app_keeps_what_it_has(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/model.pt").write_bytes(b"an earlier one")
+    (runs / "tiny/export").mkdir(exist_ok=True)
+    (runs / "tiny/export/model.onnx").write_bytes(b"of other weights")
+    done = export(runs, tmp_path, "--formats", "pt2")
+    assert done.returncode == 0, done.stderr
+    assert "Tracing" not in done.stdout
+    assert [path.read_bytes() for path in (tmp_path / "app").iterdir()] == [b"an earlier one"]
+    folder = runs / "tiny/export"
+    assert {path.name for path in folder.iterdir()} == {"model.pt2", "model.json", "examples"}
+    metadata = json.loads((folder / "model.json").read_text())
+    assert list(metadata["formats"]) == ["pt2"] and "file" not in metadata
+
+
+def test_formats_that_cannot_be_written_are_told_first(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for formats, said in (
+        ((), "no --formats: name one or several of torchscript, pt2, onnx"),
+        (("onnx", "tflite"), "tflite"),
+    ):
+        arguments = ["--runs-folder", str(runs), "--app-folder", str(tmp_path / "app")]
+        command = ["generate_trace_model.py", *arguments, "--formats", *formats]
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(utils.UserError, match=said):
+            generate_trace_model.main()
+    assert not (tmp_path / "app").exists()
+
+    there = importlib.util.find_spec
+    hide = {"onnxscript", "onnxruntime"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in hide else there(name)
+    )
+    generate_trace_model.check_formats(["torchscript", "pt2"])
+    with pytest.raises(utils.UserError, match=r"needs onnxscript, onnxruntime: pip install -r"):
+        generate_trace_model.check_formats(["pt2", "onnx"])
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_other_formats_that_differ_are_refused_too(
+    kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone each picture is answered rightly; in a batch of seven one logit is off."""
+
+    def slightly_off(model: ResNet50Wrapper, *_: object) -> generate_trace_model.Export:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            logits = model(images).clone()
+            if len(images) == 7:
+                logits[6, 2] += 5e-4
+            return logits
+
+        return generate_trace_model.Export("model", b"", run, {})
+
+    monkeypatch.setitem(generate_trace_model.EXPORTERS, kind, slightly_off)
+    arguments = ["--runs-folder", str(runs), "--app-folder", str(tmp_path / "app")]
+    monkeypatch.setattr("sys.argv", ["generate_trace_model.py", *arguments, "--formats", kind])
+    before = {path: path.stat().st_mtime_ns for path in sorted((runs / "tiny").rglob("*"))}
+    with pytest.raises(utils.UserError, match=rf"{kind} and eager outputs differ by 0\.0005"):
+        generate_trace_model.main()
+    after = {path: path.stat().st_mtime_ns for path in sorted((runs / "tiny").rglob("*"))}
+    assert after == before
 
 
 def test_the_last_weights_are_exported_when_asked_for(runs: Path, tmp_path: Path) -> None:

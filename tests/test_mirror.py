@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import http.client
 import http.server
-import json
 import logging
 import os
 import random
@@ -28,6 +27,7 @@ import boto3
 import botocore.exceptions
 import pytest
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
+from hub import Hub
 from test_checkpoint import make_state
 from test_trainer import as_options, outcome, undisturbed  # noqa: F401 (a fixture)
 
@@ -718,77 +718,6 @@ def test_a_mirror_in_the_runs_own_place_is_refused(folder: Path) -> None:
 # ------------------------------------------------------------------------------ a hub
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """As much of a Hugging Face hub as the copies use; its one repo is the dataset user/repo."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files: dict[str, bytes] = {}
-        self.fault: Any = None  # a status to answer with, "hang"
-        self.hurry = threading.Event()  # ends what hangs
-        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        path = self.path.partition("?")[0]
-        if self.server.fault == "hang":
-            self.server.hurry.wait()
-        elif self.server.fault:
-            self.answer(self.server.fault, {"error": "out of order"})
-        elif path == "/api/datasets/user/repo/preupload/main":
-            named = [file["path"] for file in json.loads(body)["files"]]
-            mode = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            self.answer(200, {"files": [{"path": name, **mode} for name in named]})
-        elif path == "/api/datasets/user/repo/commit/main":
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    self.server.files[value["path"]] = base64.b64decode(value["content"])
-                if line["key"] == "deletedFile":
-                    del self.server.files[value["path"]]
-            url = f"http://127.0.0.1:{self.server.server_port}/datasets/user/repo/commit/{'0' * 40}"
-            self.answer(200, {"commitOid": "0" * 40, "commitUrl": url, "hookOutput": ""})
-        else:
-            self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        tree, resolve = "/api/datasets/user/repo/tree/main/", "/datasets/user/repo/resolve/main/"
-        if self.server.fault:
-            self.answer(self.server.fault, {"error": "out of order"})
-        elif path.startswith(tree):
-            folder = path.removeprefix(tree).replace("%2F", "/")
-            files = [
-                {"type": "file", "oid": "0" * 40, "path": name, "size": len(content)}
-                for name, content in self.server.files.items()
-                if name.startswith(f"{folder}/")
-            ]
-            missing = {"X-Error-Code": "EntryNotFound"}
-            self.answer(200, files) if files else self.answer(404, {"error": "none"}, missing)
-        elif path.startswith(resolve):
-            content = self.server.files[path.removeprefix(resolve)]
-            etag = hashlib.sha1(content).hexdigest()
-            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 40})
-        else:
-            self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response_only(status)
-        for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
 # In a process of its own, since the hub's address is read when the package is imported.
 HUB_PROGRAM = """if True:
     import sys, logging, pathlib
@@ -806,11 +735,12 @@ HUB_PROGRAM = """if True:
 
 
 def test_a_hub_holds_the_copies_too(folder: Path) -> None:
-    hub = Hub()
+    hub = Hub("datasets/user/repo")
+    there_now = hub.repos["datasets/user/repo"]
     token = "hf_" + SECRET
 
     def run(url: str = "hf://datasets/user/repo/runs") -> subprocess.CompletedProcess:
-        hub_at = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token}
+        hub_at = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token}
         done = subprocess.run(
             [sys.executable, "-c", HUB_PROGRAM, url, str(folder)],
             cwd=REPOSITORY,
@@ -824,8 +754,8 @@ def test_a_hub_holds_the_copies_too(folder: Path) -> None:
 
     def there() -> dict[str, bytes]:
         prefix = "runs/run/"
-        assert all(name.startswith(prefix) for name in hub.files)
-        files = {name.removeprefix(prefix): content for name, content in hub.files.items()}
+        assert all(name.startswith(prefix) for name in there_now)
+        files = {name.removeprefix(prefix): content for name, content in there_now.items()}
         return {name: content for name, content in files.items() if name != mirror.SUMS}
 
     for step in (5, 9, 12):
@@ -852,9 +782,7 @@ def test_a_hub_holds_the_copies_too(folder: Path) -> None:
     assert "is not complete (it answers 403)" in failed.stdout
     hub.fault = "hang"
     assert "ReadTimeout" in run("hf://datasets/user/repo/hang").stderr
-    hub.hurry.set()
-    hub.shutdown()
-    hub.server_close()
+    hub.close()
 
 
 # ------------------------------------------------------------------------------ training

@@ -1,0 +1,451 @@
+"""A run's weights on a Hugging Face hub, with a model card, as torchvision and timm load them.
+
+    python3 scripts/push_model.py runs/NAME USER/REPO --dry-run          lists the files, sends none
+    python3 scripts/push_model.py runs/NAME USER/REPO --dry-run --to DIR and writes them to DIR
+    python3 scripts/push_model.py runs/NAME USER/REPO                    into a private repo
+    python3 scripts/push_model.py runs/NAME USER/REPO --public
+
+Reads the run's config.json, metrics.jsonl, weights and, if there, result.json, cost.json or
+sessions.jsonl. The repo, which is made if it is not there, gets in one commit:
+
+    model.safetensors     the weights, float32, under torchvision's names
+    config.json           architecture, classes and preprocessing: what
+                          timm.create_model("hf-hub:USER/REPO", pretrained=True) reads
+    README.md             the model card, written from the run
+    training_metrics.png  its curves
+
+The token is the one of `hf auth login`, or HF_TOKEN; it has to be allowed to write. A repo that
+has files already is asked about first (--yes does not ask), and the visibility of a repo that is
+there is never changed. What fails leaves the repo's files as they were.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors.torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import cost_report
+
+import mirror
+import sessions
+from generate_trace_model import human_names, is_wordnet_id, measured_accuracy
+from model import load_weights
+from plot_metrics import draw, read_curves
+from utils import (
+    EXIT_FAILED,
+    MEAN,
+    RECIPES,
+    RESULT_SETTINGS,
+    STD,
+    Config,
+    UserError,
+    format_duration,
+    parse_options,
+    read_json,
+    read_metrics,
+    run_stage,
+    total_epochs,
+    write_atomically,
+)
+
+IMAGENET_IMAGES = 1_281_167, 50_000  # of training and of validation
+NO_FILES = {".gitattributes"}  # what a hub puts into every new repo
+
+
+@dataclasses.dataclass(frozen=True)
+class PushOptions:
+    """Which run goes where."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """the run's folder, such as runs/NAME"""
+    repo: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="USER/REPO")]
+    """the model repo, of a user or an organization"""
+    weights: Literal["best", "last"] = "best"
+    """which weights of the run: those with the best validation top-1, or the last"""
+    public: bool = False
+    """make the repo public; a new one is private otherwise"""
+    dry_run: bool = False
+    """list the files with their sizes, and send nothing"""
+    to: Path | None = None
+    """folder to write the files into as well"""
+    yes: bool = False
+    """do not ask before a repo that has files already is changed"""
+
+
+# ------------------------------------------------------------------------------ the files
+
+
+def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
+    """The repo's files by their names; raises UserError if the run lacks something."""
+    record = read_json(folder / "config.json")
+    path = folder / f"{weights}.pt"
+    if record is None or not path.exists():
+        raise UserError(f"no {path}: name a run's folder, such as runs/NAME, that has weights")
+    config, classes = Config(**record["config"]), record["classes"]
+    accuracy = measured_accuracy(folder, weights)
+    try:
+        state = load_weights(path, len(classes)).model.state_dict()
+    except ValueError as error:
+        raise UserError(f"{error}: put a copy there, or push another with --weights") from None
+    picture = io.BytesIO()
+    draw({folder.resolve().name: read_curves(folder)}, reference=False).savefig(
+        picture, format="png"
+    )
+    about = timm_config(config, classes)
+    return {
+        "README.md": write_card(folder, repo, weights, record, accuracy).encode(),
+        "config.json": (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode(),
+        "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
+        "training_metrics.png": picture.getvalue(),
+    }
+
+
+def timm_config(config: Config, classes: list[str]) -> dict[str, Any]:
+    """What timm builds the model and its preprocessing from (timm/models/_hub.py).
+
+    timm resizes the shorter side to floor(input size / crop_pct), bilinear by Pillow, and takes the
+    centre: as validation does here.
+    """
+    crop_pct = config.val_px / config.val_resize_px
+    if math.floor(config.val_px / crop_pct) < config.val_resize_px:  # rounded the wrong way
+        crop_pct = math.nextafter(crop_pct, 0)
+    labels = human_names(tuple(classes))
+    described = {"label_descriptions": dict(zip(classes, labels, strict=True))}
+    return {
+        "architecture": "resnet50",
+        "num_classes": len(classes),
+        "num_features": 2048,
+        "global_pool": "avg",
+        "label_names": classes,
+        **(described if labels != classes else {}),
+        "pretrained_cfg": {
+            "input_size": [3, config.val_px, config.val_px],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+            "mean": list(MEAN),
+            "std": list(STD),
+            "num_classes": len(classes),
+            "pool_size": None,
+            "first_conv": "conv1",
+            "classifier": "fc",
+            "custom_load": False,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------ the card
+
+
+def data_name(config: Config, classes: list[str], row: dict[str, Any]) -> str:
+    """What the pictures are, as far as their classes and their number tell."""
+    labels = human_names(tuple(classes))
+    if len(classes) == 1000 and labels != classes:
+        whole = (row["train_images"], row["val_images"]) == IMAGENET_IMAGES
+        return "ImageNet-1k" if whole else "a part of ImageNet-1k"
+    if all(map(is_wordnet_id, classes)) and labels != classes:
+        return "Imagenette"
+    if config.train_folder_name == RECIPES["quickstart"].train_folder_name:
+        return "scikit-learn's handwritten digits"
+    return "a data set of its own"
+
+
+def write_card(
+    folder: Path, repo: str, weights: str, record: dict[str, Any], accuracy: dict[str, Any]
+) -> str:
+    """The model card, Markdown under a head of YAML; every number comes from the run's files."""
+    config, classes = Config(**record["config"]), record["classes"]
+    row = read_metrics(folder / "metrics.jsonl")[-1]
+    data = data_name(config, classes, row)
+    name = folder.resolve().name
+    epochs = row["epoch"], total_epochs(config)
+    state = f"{epochs[1]} epochs"
+    if epochs[0] < epochs[1]:
+        state = f"**unfinished: {epochs[0]} of {epochs[1]} epochs**"
+    hardware = record["hardware"]
+    machine = hardware.get("gpu") or hardware.get("cpu") or "a machine that was not recorded"
+    parts = [
+        card_head(name, data, accuracy),
+        f"# {name}",
+        f"ResNet-50 (v1.5, as in torchvision), trained from scratch on {data}: {state}, on "
+        f"{machine}. `model.safetensors` has the weights of epoch {accuracy['epoch']} "
+        f"({weights}), in float32 under torchvision's names.",
+        results_section(folder, config, weights, accuracy),
+        f"## Use\n\nWith torchvision:\n\n```python\n{torchvision_example(repo, config, classes)}"
+        f"```\n\nWith timm:\n\n```python\n{timm_example(repo)}```",
+        data_section(data, classes, row),
+        recipe_section(config, record),
+        *cost_section(folder),
+        limits_section(classes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_head(name: str, data: str, accuracy: dict[str, Any]) -> str:
+    """What the hub's search and its table of results read; JSON strings are YAML."""
+    known = "datasets:\n- imagenet-1k\n" if data == "ImageNet-1k" else ""
+    kind = "imagenet-1k" if known else "custom"
+    metrics = "".join(
+        f"    - type: accuracy\n      name: top-{k} accuracy (%)\n      value: {value:.2f}\n"
+        for k, value in ((1, accuracy["val_top1"]), (5, accuracy["val_top5"]))
+    )
+    return (
+        f"---\nlicense: mit\nlibrary_name: timm\npipeline_tag: image-classification\n{known}"
+        "tags:\n- image-classification\n- timm\n- torchvision\n- resnet50\nmodel-index:\n"
+        f"- name: {json.dumps(name)}\n  results:\n  - task:\n      type: image-classification\n"
+        f"    dataset:\n      type: {kind}\n      name: {json.dumps(data)}\n"
+        f"      split: validation\n    metrics:\n{metrics}---"
+    )
+
+
+def results_section(folder: Path, config: Config, weights: str, accuracy: dict[str, Any]) -> str:
+    """The measured accuracy, how it was measured, and the curves."""
+    result = read_json(folder / "result.json") or {}
+    if weights == "best" and result.get("epoch") == accuracy["epoch"]:
+        protocol = result["protocol"]
+    else:
+        protocol = (
+            f"shorter side to {config.val_resize_px} px, centre crop {config.val_px} px, one view, "
+            "in the training's arithmetic"
+        )
+    chosen = " The epoch was chosen by these same images." * (weights == "best")
+    return (
+        "## Results\n\n| validation images | top-1 | top-5 |\n|---|---|---|\n"
+        f"| {accuracy['val_images']:,} | {accuracy['val_top1']:.2f} % | "
+        f"{accuracy['val_top5']:.2f} % |\n\n"
+        f"Protocol: {protocol}.{chosen}\n\n"
+        "![Loss, accuracy and learning rate](training_metrics.png)"
+    )
+
+
+def torchvision_example(repo: str, config: Config, classes: list[str]) -> str:
+    """A program that classifies photo.jpg with torchvision."""
+    return f"""\
+import json, safetensors.torch, torchvision
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torchvision import transforms
+
+prepare = transforms.Compose([
+    transforms.Resize({config.val_resize_px}), transforms.CenterCrop({config.val_px}),
+    transforms.ToTensor(), transforms.Normalize({list(MEAN)}, {list(STD)}),
+])
+model = torchvision.models.resnet50(num_classes={len(classes)}).eval()
+weights = hf_hub_download("{repo}", "model.safetensors")
+model.load_state_dict(safetensors.torch.load_file(weights))
+logits = model(prepare(Image.open("photo.jpg").convert("RGB"))[None])
+about = json.load(open(hf_hub_download("{repo}", "config.json")))
+name = about["label_names"][logits.argmax().item()]
+print(about.get("label_descriptions", {{}}).get(name, name))
+"""
+
+
+def timm_example(repo: str) -> str:
+    """The same with timm."""
+    return f"""\
+import timm
+from PIL import Image
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(prepare(Image.open("photo.jpg").convert("RGB"))[None])
+print(model.pretrained_cfg["label_names"][logits.argmax().item()])
+"""
+
+
+def data_section(data: str, classes: list[str], row: dict[str, Any]) -> str:
+    """What it was trained and measured on."""
+    labels = human_names(tuple(classes))
+    some = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
+    return (
+        f"## Data\n\nTrained on {row['train_images']:,} images, measured on {row['val_images']:,} "
+        f"others: {data}, {len(classes):,} classes ({some}). `config.json` names them all, in the "
+        "order of the outputs."
+    )
+
+
+def recipe_section(config: Config, record: dict[str, Any]) -> str:
+    """Every setting that has a part in the result, and the versions."""
+    lines = [
+        f"| {field.name} | {getattr(config, field.name)} |"
+        for field in dataclasses.fields(Config)
+        if field.name in RESULT_SETTINGS
+    ]
+    used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    precision = record["hardware"].get("precision")
+    arithmetic = f" Arithmetic of the step: {precision}." if precision else ""
+    commit = f" Code: commit {record['commit']}." if record["commit"] else ""
+    return (
+        "## Recipe\n\nSGD with momentum, OneCycle with cosine annealing, cross-entropy; training "
+        "crops of random place, size and aspect.\n\n| setting | value |\n|---|---|\n"
+        + "\n".join(lines)
+        + f"\n\n{used}.{arithmetic}{commit}"
+    )
+
+
+def cost_section(folder: Path) -> list[str]:
+    """Hours and dollars, from cost.json or, without one, from sessions.jsonl; else nothing."""
+    summary, lines = read_json(folder / "cost.json"), sessions.read(folder)
+    if summary is None and lines:
+        rows = read_metrics(folder / "metrics.jsonl")
+        summary = cost_report.summarize(lines, rows, None, time.time())
+    if summary is None:
+        return []
+    stops = sum(summary["interruptions"].values())
+    text = (
+        f"{format_duration(summary['running_s'])} with a machine, {stops} "
+        f"interruption{'s' * (stops != 1)}"
+    )
+    if summary["usd"]:
+        text += f", {cost_report.dollars(summary['usd'])} for the machine"
+    return [f"## Cost\n\n{text}."]
+
+
+def limits_section(classes: list[str]) -> str:
+    """What the model is not to be trusted with, and whose the data are."""
+    is_imagenet = all(map(is_wordnet_id, classes))
+    images = (
+        "The images are ImageNet's, whose terms allow research and teaching without commerce; "
+        "whether they bind who uses the weights is not for this card to say."
+        if is_imagenet
+        else "The images' own licence is not known to this card."
+    )
+    return (
+        f"## Limits\n\nIt answers with one of its {len(classes):,} classes whatever the picture "
+        "shows. Its probabilities have not been calibrated. It was measured on pictures from the "
+        "source that it was trained on, and nowhere else: others, such as drawings, other cameras "
+        "or other countries, may go worse. It is no ground for decisions about people.\n\n"
+        f"## Licence\n\nThe weights are given under the MIT licence. {images}"
+    )
+
+
+# ------------------------------------------------------------------------------ the hub
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[None]:
+    """Turn what a hub or the way to it does into a UserError, without its own text.
+
+    Addresses that are signed may stand in that.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as raised:  # httpx's, huggingface_hub's, hf_xet's and the system's
+        # Of a large file's upload the hub's answer is only the cause.
+        error = raised.__cause__ if isinstance(raised.__cause__, Exception) else raised
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        advice = {
+            401: "the hub does not know this token: give `hf auth login` or HF_TOKEN a new one",
+            403: f"this token may not write to {repo}: make one that may, at "
+            "https://huggingface.co/settings/tokens, or name another repo",
+        }.get(
+            status,
+            f"the hub is out of reach or out of order ({mirror.in_words(error)}): try the same "
+            "command again later",
+        )
+        raise UserError(f"{advice}; {done_so_far}", EXIT_FAILED) from None
+
+
+def push(files: dict[str, bytes], options: PushOptions) -> str:
+    """Put the files into the repo in one commit; returns the repo's address.
+
+    Raises UserError, with the repo's files as they were.
+    """
+    hub, repo = mirror.quiet_hub(), options.repo
+    if hub.get_token() is None:
+        raise UserError(
+            "no token: give `hf auth login` one that may write, or set HF_TOKEN; they are made at "
+            "https://huggingface.co/settings/tokens"
+        )
+    api, owner = hub.HfApi(), repo.partition("/")[0]
+    with hub_errors(repo):
+        person = api.whoami()
+    owners = [person["name"], *(group["name"] for group in person.get("orgs", ()))]
+    if owner not in owners:
+        raise UserError(
+            f"{repo} belongs to {owner}, and this token to {person['name']}: name a repo of "
+            f"{' or '.join(owners)}"
+        )
+    if person.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(
+            "this token may only read: make one that may write, at "
+            "https://huggingface.co/settings/tokens"
+        )
+    is_new = False
+    with hub_errors(repo):
+        try:
+            found = api.model_info(repo)
+        except hub.errors.RepositoryNotFoundError:
+            is_new = True
+    if not is_new:
+        check_overwriting(files, found, options)
+    done = f"{repo} is as it was"
+    if is_new:
+        with hub_errors(repo):
+            api.create_repo(repo, private=not options.public)
+        done = f"the new repo {repo} is empty"
+    with hub_errors(repo, done):
+        operations = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
+        message = f"ResNet-50, run {options.folder.resolve().name}"
+        commit = api.create_commit(repo, operations, commit_message=message)
+    return commit.commit_url.partition("/commit/")[0]
+
+
+def check_overwriting(files: dict[str, bytes], found: Any, options: PushOptions) -> None:
+    """Ask before the files of a repo are changed; raises UserError if they are not to be."""
+    if not found.private and not options.public:
+        raise UserError(
+            f"{options.repo} is public: give --public, or name another repo; nothing was sent"
+        )
+    there = {file.rfilename for file in found.siblings or ()} - NO_FILES
+    if not there or options.yes:
+        return
+    replaced, kept = sorted(there & set(files)), sorted(there - set(files))
+    shown = [f"replaced: {', '.join(replaced)}"] * bool(replaced)
+    shown += [f"left: {', '.join(kept)}"] * bool(kept)
+    question = f"{options.repo} has files already ({'; '.join(shown)})"
+    if not sys.stdin.isatty():
+        raise UserError(f"{question}: give --yes to go on; nothing was sent")
+    if input(f"{question}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was sent")
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def main() -> None:
+    """Make the files, list them, and send them."""
+    options = parse_options(PushOptions, __doc__)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+        raise UserError(f"{options.repo!r} is no name for a repo: write USER/REPO")
+    files = make_files(options.folder, options.repo, options.weights)
+    for name, content in files.items():
+        print(f"{len(content):>12,} bytes  {name}")
+    if options.to:
+        options.to.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(options.to / name, content)
+        print(f"written to {options.to}")
+    if options.dry_run:
+        print(f"dry run: nothing was sent to {options.repo}")
+        return
+    print(f"sent to {push(files, options)}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,323 @@
+"""The push: what a hub on loopback gets, who can load it, and that nothing is half sent."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
+from hub import Hub
+from huggingface_hub import constants
+from PIL import Image
+from test_cost_report import LINES, write_lines
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import push_model
+
+import checkpoint
+import trainer
+import utils
+from utils import Config, UserError
+
+TOKEN = "hf_onlyForTheStandIn0123456789"
+FILES = ["README.md", "config.json", "model.safetensors", "training_metrics.png"]
+ROW = {
+    **{"train_loss": 1.0, "train_top1": 40.0, "train_top5": 90.0, "train_images": 24},
+    **{"learning_rate": 0.1, "val_loss": 1.0, "val_top5": 100.0, "val_images": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder, as the trainer and three starts would have left it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    config = Config(
+        name="tiny",
+        epochs=2,
+        train_folder_name="/home/somebody/private/train",
+        val_folder_name="/home/somebody/private/val",
+        val_px=64,
+        val_resize_px=93,
+    )
+    made = trainer.new_run(config, 3)
+    made.model.train()
+    for _ in range(3):  # statistics that are not BatchNorm's first ones
+        made.model(torch.randn(8, 3, 64, 64))
+    utils.save_config(folder, config, ["n01440764", "cat", "dog"], {"gpu": "NVIDIA A10G"})
+    for name in ("best", "last"):
+        weights = checkpoint.encode(made.model.model.state_dict())
+        utils.write_atomically(folder / f"{name}.pt", weights)
+    rows = [{**ROW, "epoch": epoch, "val_top1": top1} for epoch, top1 in ((1, 41.5), (2, 30.0))]
+    utils.write_metrics(folder / "metrics.jsonl", rows)
+    result = {"epoch": 1, "val_top1": 41.67, "val_top5": 99.5, "val_images": 12}
+    utils.write_json(folder / "result.json", {**result, "protocol": "the test's own protocol"})
+    write_lines(folder, LINES)
+    return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    hub.token = TOKEN
+    yield hub
+    hub.close()
+
+
+def environment(hub_url: str, folder: Path, token: str = TOKEN) -> dict[str, str]:
+    """Of a command that shall see this hub, and no other token or cache than the test's."""
+    return {
+        **{"HF_ENDPOINT": hub_url, "HF_TOKEN": token, "HF_HOME": str(folder / "hf")},
+        # Large files go to the stand-in by Git LFS's protocol; Xet's is the hub's own.
+        **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+    }
+
+
+# The programs of the card, and their logits against those of the run's own weights.
+LOADER = """if True:
+    import pathlib, sys, torch
+    sys.path.insert(0, sys.argv[1])
+    from model import load_weights
+    card, weights = pathlib.Path(sys.argv[2]).read_text(), sys.argv[3]
+    programs = [part.partition("```")[0] for part in card.split("```python\\n")[1:]]
+    assert len(programs) == 2
+    ours = load_weights(pathlib.Path(weights), 3).eval()
+    spaces = [{}, {}]
+    for program, space in zip(programs, spaces):
+        with torch.inference_mode():
+            exec(program, space)
+    batch = torch.randn(5, 3, 64, 64)
+    picture = spaces[0]["Image"].open("photo.jpg").convert("RGB")
+    first, second = (space["prepare"](picture) for space in spaces)
+    assert torch.equal(first, second), (first.shape, second.shape)
+    with torch.inference_mode():
+        for space in spaces:
+            assert (ours(batch) - space["model"](batch)).abs().max() <= 1e-5
+            assert (ours(first[None]) - space["logits"]).abs().max() <= 1e-5
+    print("equal")
+"""
+
+
+def test_what_arrives_loads_in_torchvision_and_timm(run: Path, hub: Hub, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    done = run_stage_command(
+        "scripts/push_model.py", run, "user/tiny", env=environment(hub.url, tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stderr, TOKEN in done.stdout) == ("", False)
+    assert done.stdout.endswith(f"sent to {hub.url}/user/tiny\n")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+    files = hub.repos["models/user/tiny"]
+    assert sorted(files) == FILES
+    assert [sorted(paths) for paths in hub.commits] == [FILES]  # one commit
+    assert hub.private["models/user/tiny"]
+    assert len(hub.uploaded) == 2
+    for content in files.values():
+        for hidden in (TOKEN, "somebody", str(run.parent), str(REPOSITORY)):
+            assert hidden.encode() not in content
+    for name, content in files.items():
+        assert f"{len(content):>12,} bytes  {name}\n" in done.stdout
+    picture = Image.open(io.BytesIO(files["training_metrics.png"]))
+    assert (picture.format, picture.size) == ("PNG", (1800, 1200))
+    state = torch.load(run / "best.pt", weights_only=True)
+    sent = safetensors.torch.load(files["model.safetensors"])
+    assert sent.keys() == state.keys()
+    assert all(torch.equal(sent[name], state[name]) for name in state)
+
+    about = json.loads(files["config.json"])
+    assert (about["architecture"], about["num_classes"]) == ("resnet50", 3)
+    assert about["label_names"] == ["n01440764", "cat", "dog"]
+    assert about["label_descriptions"] == {"n01440764": "tench", "cat": "cat", "dog": "dog"}
+    assert about["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert about["pretrained_cfg"]["interpolation"] == "bilinear"
+
+    card = files["README.md"].decode()
+    for said in (
+        *("| 12 | 41.67 % | 99.50 % |", "Protocol: the test's own protocol. The epoch was chosen"),
+        *("Trained on 24 images, measured on 12 others", "(tench, cat, dog)", "on NVIDIA A10G"),
+        *("2 epochs", "of epoch 1 (best)", "| max_lr | 0.175 |", "torchvision 0."),
+        *("3 h 0 min with a machine, 1 interruption, $2.50 for the machine", "## Licence"),
+    ):
+        assert said in card
+    (tmp_path / "README.md").write_text(card)
+    Image.effect_noise((150, 110), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOADER, REPOSITORY, "README.md", run / "best.pt"],
+        cwd=tmp_path,
+        env={**COMMAND_ENVIRONMENT, **environment(hub.url, tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    guesses = loaded.stdout.split()
+    assert guesses[-1] == "equal" and len(guesses) == 3
+    assert guesses[0] == about["label_descriptions"][guesses[1]]
+
+
+def test_a_dry_run_writes_the_folder_and_asks_nobody(run: Path, hub: Hub, tmp_path: Path) -> None:
+    options = ("--dry-run", "--to", tmp_path / "folder", "--weights", "last")
+    done = run_stage_command(
+        "scripts/push_model.py", run, "user/tiny", *options, env=environment(hub.url, tmp_path, "")
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("dry run: nothing was sent to user/tiny\n")
+    assert hub.requests == []
+    paths = sorted((tmp_path / "folder").iterdir())
+    assert [path.name for path in paths] == FILES
+    for path in paths:
+        assert f"{path.stat().st_size:>12,} bytes  {path.name}\n" in done.stdout
+    card = (tmp_path / "folder/README.md").read_text()
+    assert "| 12 | 30.00 % | 100.00 % |" in card and "in the training's arithmetic.\n" in card
+
+
+# ------------------------------------------------------------------------------ what may go wrong
+
+
+CONTENT = {"README.md": b"---\nlicense: mit\n---\n", "model.safetensors": b"weights"}
+
+
+@pytest.fixture
+def at_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """The same hub for pushes in this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("mirror.TIMEOUT_S", 0.5)
+    return hub
+
+
+def push(repo: str = "user/tiny", **options: Any) -> str:
+    return push_model.push(CONTENT, push_model.PushOptions(Path("runs/tiny"), repo, **options))
+
+
+def refused(repo: str = "user/tiny", **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        push(repo, **options)
+    assert TOKEN not in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_who_may_not_write_is_told_before_anything_is_sent(
+    at_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = refused("another/tiny")
+    assert (
+        told
+        == "another/tiny belongs to another, and this token to user: name a repo of user or lab"
+    )
+    at_hub.role = "read"
+    assert refused().startswith("this token may only read: make one that may write")
+    at_hub.role = "fineGrained"  # what such a one may do only the hub knows
+    at_hub.fault, at_hub.fault_at = 403, "repos/create"
+    assert refused().startswith("this token may not write to user/tiny")
+    at_hub.fault = None
+    monkeypatch.setenv("HF_TOKEN", TOKEN[:-1])
+    assert refused().startswith("the hub does not know this token")
+    monkeypatch.delenv("HF_TOKEN")
+    assert refused().startswith("no token: give `hf auth login` one")
+    assert at_hub.repos == {} and at_hub.uploaded == {}
+
+
+def test_a_hub_that_fails_midway_gets_no_half_of_it(at_hub: Hub) -> None:
+    empty = "the new repo user/tiny is empty"
+    at_hub.fault, at_hub.fault_at = 403, "/commit/"
+    assert refused() == (
+        "this token may not write to user/tiny: make one that may, at "
+        f"https://huggingface.co/settings/tokens, or name another repo; {empty}"
+    )
+    assert at_hub.repos == {"models/user/tiny": {}} and at_hub.private["models/user/tiny"]
+    at_hub.fault, at_hub.fault_at = 400, "/large/"
+    told = "(it answers 400): try the same command again later; user/tiny is as it was"
+    assert refused().endswith(told)
+    at_hub.fault, at_hub.fault_at = "hang", "/api/models/"
+    assert "(it does not answer)" in refused()
+    at_hub.fault = None
+    assert at_hub.repos == {"models/user/tiny": {}}
+    assert push() == f"{at_hub.url}/user/tiny"  # the same command again
+    assert at_hub.repos == {"models/user/tiny": CONTENT}
+    at_hub.close()
+    assert "(it cannot be reached)" in refused(yes=True)
+
+
+def test_public_only_when_asked_for(at_hub: Hub) -> None:
+    push("lab/open", public=True)
+    push("lab/closed")
+    assert at_hub.private == {"models/lab/open": False, "models/lab/closed": True}
+    assert refused("lab/open", yes=True) == (
+        "lab/open is public: give --public, or name another repo; nothing was sent"
+    )
+    assert len(at_hub.commits) == 2
+    push("lab/closed", public=True, yes=True)
+    assert at_hub.private["models/lab/closed"]  # never changed
+
+
+def test_files_that_are_there_are_asked_about(at_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = "models/user/tiny"
+    at_hub.repos[repo], at_hub.private[repo] = {".gitattributes": b"*"}, True
+    push()  # only what a hub puts into a new repo
+    at_hub.repos[repo] = {"README.md": b"mine", "pytorch_model.bin": b"mine"}
+    before = dict(at_hub.repos[repo])
+    question = "user/tiny has files already (replaced: README.md; left: pytorch_model.bin)"
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert refused() == f"{question}: give --yes to go on; nothing was sent"
+
+    asked = []
+    answers = iter(("", "n", "yes"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(answers))
+    assert [refused(), refused()] == ["nothing was sent"] * 2
+    assert at_hub.repos[repo] == before
+    push()
+    assert at_hub.repos[repo] == {**before, **CONTENT}
+    assert asked == [f"{question}. Go on? [y/N] "] * 3
+
+
+def test_mistakes_are_told_before_the_hub_is_asked(
+    at_hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, said in (
+        ((tmp_path, "user/tiny"), f"no {tmp_path}/best.pt: name a run's folder, such as runs/NAME"),
+        ((run, "https://a.b/user/tiny"), "'https://a.b/user/tiny' is no name for a repo"),
+    ):
+        monkeypatch.setattr("sys.argv", ["push_model.py", *map(str, arguments)])
+        with pytest.raises(UserError) as error:
+            push_model.main()
+        assert said in str(error.value)
+    assert at_hub.requests == []
+
+
+def test_timm_resizes_to_what_validation_does() -> None:
+    """By timm's own arithmetic, for every pair of sizes of which rounding might make another."""
+    for resize_px in range(32, 600):
+        for px in range(32, resize_px + 1, 32):
+            config = Config(val_px=px, val_resize_px=resize_px)
+            about = push_model.timm_config(config, ["a", "b"])["pretrained_cfg"]
+            assert int(about["input_size"][1] // about["crop_pct"]) in (resize_px - 1, resize_px)
+            assert push_model.math.floor(px / about["crop_pct"]) == resize_px
+
+
+def test_the_card_names_only_what_it_knows(run: Path) -> None:
+    wnids = [f"n{number:08d}" for number in range(1000)]
+    whole = {"train_images": 1_281_167, "val_images": 50_000}
+    assert push_model.data_name(Config(), wnids, whole) == "ImageNet-1k"
+    part = {**whole, "train_images": 100_000}
+    assert push_model.data_name(Config(), wnids, part) == "a part of ImageNet-1k"
+    assert push_model.data_name(Config(), ["a", "b"], whole) == "a data set of its own"
+    digits = utils.RECIPES["quickstart"]
+    assert "digits" in push_model.data_name(digits, list("0123456789"), part)
+    record = json.loads((run / "config.json").read_text())
+    record["config"] = dataclasses.asdict(Config(**{**record["config"], "epochs": 9}))
+    accuracy = {"epoch": 1, "val_top1": 1.0, "val_top5": 2.0, "val_images": 3}
+    card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
+    assert "**unfinished: 2 of 9 epochs**" in card and "1.00 %" in card

@@ -50,12 +50,39 @@ CHROMIUM_FLAGS = (
 # ------------------------------------------------------------------------------ helpers
 
 
+class TopHalf(torch.nn.Module):
+    """Twice the normalised channels in the upper half, nothing in the lower half."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 (N, 3, INPUT_PX, INPUT_PX) → the same."""
+        weight = torch.zeros(INPUT_PX, 1)
+        weight[: INPUT_PX // 2] = 2
+        return images * weight
+
+
 class TopHalfColour(torch.nn.Module):
-    """Logits are the mean of each normalised channel over the top half of the picture."""
+    """Logits are the mean of each normalised channel over the top half of the picture.
+
+    Built of the parts that torchvision's ResNet has, so that the app can explain its answers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+            setattr(self.model, name, torch.nn.Dropout())  # in eval(), its input
+        self.model.layer4 = TopHalf()
+        self.model.fc = torch.nn.Linear(3, 3)
+        with torch.no_grad():
+            self.model.fc.weight.copy_(torch.eye(3))
+            self.model.fc.bias.zero_()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float32 (N, 3, INPUT_PX, INPUT_PX) → (N, 3)."""
-        return images[:, :, : INPUT_PX // 2].mean(dim=(2, 3))
+        resnet = self.model
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            images = getattr(resnet, name)(images)
+        return resnet.fc(images.mean(dim=(2, 3)))
 
 
 def make_deployment(folder: Path) -> Path:
@@ -66,7 +93,7 @@ def make_deployment(folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
         example = torch.zeros(1, 3, INPUT_PX, INPUT_PX)
-        torch.jit.trace(TopHalfColour(), example).save(folder / "model.pt")
+        torch.jit.trace(TopHalfColour().eval(), example).save(folder / "model.pt")
     description = {
         "format": 1,
         "name": "top_half_colour",

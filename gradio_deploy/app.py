@@ -50,11 +50,16 @@ SHOWN_PX = 640  # longer side of the picture under the heat map
 # Dark to bright, so that it can be read without telling colours apart (after matplotlib's inferno).
 HEAT_COLOURS = ((20, 11, 52), (132, 32, 107), (229, 92, 48), (246, 215, 70))
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-#links a { margin-right: 1.2em; }
-#took, #links { font-size: 0.9rem; opacity: 0.85; }
+.gradio-container { --link-text-color: #4f46e5; }
+.dark .gradio-container, .gradio-container.dark { --link-text-color: #a5b4fc; }
+#links a { margin-right: 1.2em; color: var(--link-text-color); }
+#took { font-size: 0.9rem; opacity: 0.85; }
 #answer .confidence-set, #answer .confidence-set * { font-family: inherit; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+#heat:has(.empty) { display: none; }
+@media (max-width: 640px) {
+  .gradio-container main { padding: 12px !important; }
+  #picture { height: 270px !important; }
+}
 """
 
 
@@ -154,21 +159,20 @@ def paint(
     What lies outside of the box is darkened. `evidence` is float32 (height, width), 0 to 1.
     """
     scale = SHOWN_PX / max(picture.size)
-    shown = picture.resize([max(1, round(scale * side)) for side in picture.size])
+    shown = picture.resize([max(1, round(scale * side)) for side in picture.size]).convert("L")
     left, top, right, bottom = (round(scale * edge) for edge in box)
-    inside = np.zeros((shown.height, shown.width), np.float32)
-    heat = Image.fromarray(evidence).resize(
-        (max(1, right - left), max(1, bottom - top)), Image.Resampling.BICUBIC
-    )
-    heat = np.asarray(heat).clip(0, 1)[: shown.height - top, : shown.width - left]
-    inside[top : top + heat.shape[0], left : left + heat.shape[1]] = heat
+    seen = (slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1)))
+    grey = np.asarray(shown, np.float32)[..., None]
+    pixels = np.repeat(0.4 * grey, 3, axis=2)
+    height, width = pixels[seen].shape[:2]
+    heat = Image.fromarray(evidence).resize((width, height), Image.Resampling.BICUBIC)
+    heat = np.asarray(heat).clip(0, 1)
     steps = np.linspace(0, 1, len(HEAT_COLOURS))
-    colours = np.stack([np.interp(inside, steps, c) for c in zip(*HEAT_COLOURS, strict=True)], -1)
-    pixels = np.asarray(shown, np.float32)
-    mixed = pixels + (colours - pixels) * (0.65 * np.sqrt(inside))[..., None]
-    outside = np.ones((shown.height, shown.width, 1), np.float32)
-    outside[top:bottom, left:right] = 0
-    return Image.fromarray((mixed * (1 - 0.6 * outside)).astype(np.uint8))
+    table = [np.interp(np.arange(256) / 255, steps, c) for c in zip(*HEAT_COLOURS, strict=True)]
+    colours = np.stack(table, -1).astype(np.float32)[(255 * heat).astype(np.uint8)]
+    strength = 0.7 * np.sqrt(heat)[..., None]
+    pixels[seen] = grey[seen] * (1 - strength) + colours * strength
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def open_picture(path: Path, least_px: int) -> Image.Image:
@@ -314,18 +318,20 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
                 label = int(logits[0].argmax()) if chosen is None else chosen
                 heat = paint(picture, activation_map(model, features, label), box)
         read_ms, model_ms = (ready - start) * 1e3, (done - ready) * 1e3
-        parts = f"{read_ms:.0f} ms to read the picture, {model_ms:.0f} ms in the model"
-        took = f"Answered in {(time.perf_counter() - start) * 1e3:.0f} ms: {parts}."
+        all_ms = (time.perf_counter() - start) * 1e3
+        took = (
+            f"Answered in {all_ms:.0f} ms: {read_ms:.0f} ms to read the picture, {model_ms:.0f} ms "
+            f"in the model, {all_ms - read_ms - model_ms:.0f} ms for the rest."
+        )
+        if explained:
+            took += f" Bright places below speak for **{names[label]}**."
         return dict(zip(names, probabilities, strict=True)), took, heat
 
-    def explain(upload: Any, choice: gr.SelectData) -> dict:
-        """The heat map of a class that the visitor selects in the answer."""
-        chosen = choice.value if isinstance(choice.value, str) else ""
-        if chosen not in names:
-            refuse("Choose a picture first.")
-        return gr.update(
-            value=look(upload, names.index(chosen))[2], label=f"Where it sees: {chosen}"
-        )
+    def explain(upload: Any, choice: gr.SelectData) -> tuple[str, Image.Image]:
+        """The heat map of the class that the visitor selects in the answer."""
+        if choice.value not in names:
+            refuse("Choose one of the classes.")
+        return look(upload, names.index(choice.value))[1:]
 
     accuracy = f"its first answer was right for **{export['val_top1']:.2f} %**"
     if len(names) > 5:  # with fewer, one of the first five is always right
@@ -350,18 +356,19 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
                     sources=["upload", "webcam", "clipboard"],
                     height=380,
                     buttons=["fullscreen"],
+                    elem_id="picture",
                 )
                 button = gr.Button("Classify", variant="primary")
                 below = gr.Column()
             with gr.Column():
                 answer = gr.Label(label="Likeliest classes", num_top_classes=5, elem_id="answer")
-                took = gr.Markdown(elem_id="took")
+                took = gr.Markdown(label="Time taken", elem_id="took")
                 heat = gr.Image(
-                    label="Where it looked",
+                    label="What it looked at",
                     visible=explained,
                     interactive=False,
                     format="webp",
-                    height=380,
+                    elem_id="heat",
                     buttons=["download", "fullscreen"],
                 )
         ask = {"fn": classify, "inputs": picture, "outputs": [answer, took, heat]}
@@ -370,7 +377,9 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
         ask["scroll_to_output"] = True  # on a phone the answer lies below the picture
         asked = gr.on([button.click, picture.input], **ask, api_name="classify")
         if explained:
-            answer.select(explain, picture, heat, preprocess=False, api_visibility="private")
+            answer.select(
+                explain, picture, [took, heat], preprocess=False, api_visibility="private"
+            )
 
         endings = Image.registered_extensions()
         files = sorted((folder / "examples").glob("*"))

@@ -278,7 +278,12 @@ def save(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (64, 4
 def test_a_red_picture_is_red(page: Page, tmp_path: Path) -> None:
     upload(page, save(tmp_path / "poppy.png", RED))
     expect_answer(page, "red")
-    expect_text(page, re.compile(r"^Answered in \d+ ms: \d+ ms to read .* \d+ ms in the model\.$"))
+    expect_text(
+        page,
+        re.compile(
+            r"^Answered in \d+ ms: \d+ ms to read .* \d+ ms in the model, .* speak for red\.$"
+        ),
+    )
     bars = page.get_by_test_id("Likeliest classes").or_(page.locator(".confidence-set"))
     expect(bars).to_have_count(3)
 
@@ -349,7 +354,7 @@ def test_the_endpoint_gives_the_probabilities_of_the_model(
     client: gradio_client.Client, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "leaf.png", GREEN)
-    answer, took = client.predict(gradio_client.handle_file(path), api_name="/classify")
+    answer, took, heat = client.predict(gradio_client.handle_file(path), api_name="/classify")
     logits = [(value - m) / s for value, m, s in zip((0, 1, 0), MEAN, STD, strict=True)]
     total = sum(map(math.exp, logits))
     expected = {
@@ -358,6 +363,8 @@ def test_the_endpoint_gives_the_probabilities_of_the_model(
     found = {entry["label"]: entry["confidence"] for entry in answer["confidences"]}
     assert answer["label"] == "green" and took.startswith("Answered in ")
     assert found == pytest.approx(expected, abs=1e-5)
+    with Image.open(heat) as image:
+        assert image.size == (640, 480)
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -520,10 +527,13 @@ def test_preprocess_is_the_validation_rule(
             transforms.Normalize(MEAN, STD),
         ]
     )
-    found, expected = module.preprocess(picture, export), rule(picture)[None]
+    (found, box), expected = module.preprocess(picture, export), rule(picture)[None]
     assert found.shape == expected.shape and found.dtype == torch.float32
     grey_levels = (found - expected).abs() * torch.tensor(STD).view(1, 3, 1, 1) * 255
     assert grey_levels.max() <= 1
+    middle = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
+    assert middle == pytest.approx([side / 2 for side in size], abs=1.5)
+    assert box[2] - box[0] == pytest.approx(min(size) * input_px / resize_px, abs=1.5)
 
 
 def test_every_kind_of_picture_becomes_the_rgb_that_a_person_sees(
@@ -550,7 +560,7 @@ def test_every_kind_of_picture_becomes_the_rgb_that_a_person_sees(
     )
     Image.new("CMYK", (32, 32), 0).save(tmp_path / "ink.tiff")
     for name, picture in expected.items():
-        found = module.open_picture(tmp_path / name)
+        found = module.open_picture(tmp_path / name, 8)
         assert found.mode == "RGB", name
         difference = ImageChops.difference(found, picture).getextrema()
         assert max(high for _, high in difference) <= 1, (name, difference)

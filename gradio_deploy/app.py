@@ -56,6 +56,7 @@ CSS = """
 #took { font-size: 0.9rem; opacity: 0.85; }
 #answer .confidence-set, #answer .confidence-set * { font-family: inherit; }
 #heat:has(.empty) { display: none; }
+#heat img { max-height: 340px; object-fit: contain; }
 @media (max-width: 640px) {
   .gradio-container main { padding: 12px !important; }
   #picture { height: 270px !important; }
@@ -148,7 +149,7 @@ def activation_map(model: torch.jit.ScriptModule, features: torch.Tensor, label:
     What speaks against the class counts as 0; the largest value is 1.
     """
     evidence = torch.tensordot(model.model.fc.weight[label], features[0], dims=1).clamp(min=0)
-    return (evidence / evidence.max().clamp(min=1e-12)).numpy()
+    return (evidence / evidence.max().clamp(min=1e-12)).detach().numpy()
 
 
 def paint(
@@ -170,7 +171,7 @@ def paint(
     steps = np.linspace(0, 1, len(HEAT_COLOURS))
     table = [np.interp(np.arange(256) / 255, steps, c) for c in zip(*HEAT_COLOURS, strict=True)]
     colours = np.stack(table, -1).astype(np.float32)[(255 * heat).astype(np.uint8)]
-    strength = 0.7 * np.sqrt(heat)[..., None]
+    strength = 0.75 * heat[..., None]
     pixels[seen] = grey[seen] * (1 - strength) + colours * strength
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -219,7 +220,7 @@ def open_picture(path: Path, least_px: int) -> Image.Image:
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
+        white.paste(image, mask=image)
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -375,8 +375,8 @@ def test_the_heat_map_shows_the_class_that_is_chosen(page: Page, tmp_path: Path)
 
 
 def test_a_webcams_picture_is_answered(page: Page) -> None:
-    page.locator("#picture").get_by_role("button", name="Webcam").click()
-    page.get_by_role("button", name="access your webcam").click()
+    page.get_by_role("button", name="Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
     page.locator("#picture video").wait_for()
     page.get_by_role("button", name="capture photo").click()
     expect_text(page, re.compile(r"^Answered in "))

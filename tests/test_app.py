@@ -30,9 +30,14 @@ import gradio_client
 import numpy as np
 import pytest
 import torch
+from conftest import run_stage_command
 from PIL import Image, ImageChops
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import stress_app
 
 APP_FOLDER = Path(__file__).resolve().parent.parent / "gradio_deploy"
 START_LIMIT_S = 90  # importing torch and Gradio on a busy machine
@@ -42,6 +47,7 @@ INPUT_PX, RESIZE_PX = 32, 40
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)  # unequal, so that a mix-up of channels shows
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 CHROMIUM_FLAGS = (
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
@@ -50,12 +56,39 @@ CHROMIUM_FLAGS = (
 # ------------------------------------------------------------------------------ helpers
 
 
+class TopHalf(torch.nn.Module):
+    """Twice the normalised channels in the upper half, nothing in the lower half."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 (N, 3, INPUT_PX, INPUT_PX) → the same."""
+        weight = torch.zeros(INPUT_PX, 1)
+        weight[: INPUT_PX // 2] = 2
+        return images * weight
+
+
 class TopHalfColour(torch.nn.Module):
-    """Logits are the mean of each normalised channel over the top half of the picture."""
+    """Logits are the mean of each normalised channel over the top half of the picture.
+
+    Built of the parts that torchvision's ResNet has, so that the app can explain its answers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+            setattr(self.model, name, torch.nn.Dropout())  # in eval(), its input
+        self.model.layer4 = TopHalf()
+        self.model.fc = torch.nn.Linear(3, 3)
+        with torch.no_grad():
+            self.model.fc.weight.copy_(torch.eye(3))
+            self.model.fc.bias.zero_()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float32 (N, 3, INPUT_PX, INPUT_PX) → (N, 3)."""
-        return images[:, :, : INPUT_PX // 2].mean(dim=(2, 3))
+        resnet = self.model
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            images = getattr(resnet, name)(images)
+        return resnet.fc(images.mean(dim=(2, 3)))
 
 
 def make_deployment(folder: Path) -> Path:
@@ -66,7 +99,7 @@ def make_deployment(folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
         example = torch.zeros(1, 3, INPUT_PX, INPUT_PX)
-        torch.jit.trace(TopHalfColour(), example).save(folder / "model.pt")
+        torch.jit.trace(TopHalfColour().eval(), example).save(folder / "model.pt")
     description = {
         "format": 1,
         "name": "top_half_colour",
@@ -94,10 +127,11 @@ def make_deployment(folder: Path) -> Path:
 
 
 class App(NamedTuple):
-    """A running app: its address, and the folder that it runs in."""
+    """A running app: its address, the folder that it runs in, its process."""
 
     url: str
     folder: Path
+    pid: int
 
 
 @contextlib.contextmanager
@@ -119,6 +153,7 @@ def start_app(folder: Path) -> Iterator[App]:
         "TMPDIR": str(elsewhere),
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
+        "CODE_URL": "https://example.com/code",
     }
     log = folder.parent / f"{folder.name}.stderr"
     with log.open("w") as stderr:
@@ -136,7 +171,7 @@ def start_app(folder: Path) -> Iterator[App]:
             assert process.poll() is None, f"the app ended at its start:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"no answer from the app in {START_LIMIT_S} s"
             time.sleep(0.1)
-        yield App(url, folder)
+        yield App(url, folder, process.pid)
         assert process.poll() is None, f"the app ended by itself:\n{log.read_text()}"
     finally:
         process.terminate()
@@ -158,7 +193,7 @@ def answers(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_page(browser: Browser, url: str) -> Iterator[Page]:
+def open_page(browser: Browser, url: str, **how: object) -> Iterator[Page]:
     """The app's page in a fresh browser profile; fails if it asks for anything off loopback."""
     strangers = []
 
@@ -169,7 +204,8 @@ def open_page(browser: Browser, url: str) -> Iterator[Page]:
             strangers.append(route.request.url)
             route.abort()
 
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, service_workers="block")
+    how = {"viewport": {"width": 1280, "height": 800}, **how}
+    context = browser.new_context(service_workers="block", **how)
     context.set_default_timeout(ANSWER_LIMIT_MS)
     context.route("**/*", keep_to_loopback)
     try:
@@ -251,7 +287,12 @@ def save(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (64, 4
 def test_a_red_picture_is_red(page: Page, tmp_path: Path) -> None:
     upload(page, save(tmp_path / "poppy.png", RED))
     expect_answer(page, "red")
-    expect_text(page, re.compile(r"^Answered in \d+ ms: \d+ ms to read .* \d+ ms in the model\.$"))
+    expect_text(
+        page,
+        re.compile(
+            r"^Answered in \d+ ms: \d+ ms to read .* \d+ ms in the model, .* speak for red\.$"
+        ),
+    )
     bars = page.get_by_test_id("Likeliest classes").or_(page.locator(".confidence-set"))
     expect(bars).to_have_count(3)
 
@@ -315,6 +356,52 @@ def test_examples_can_be_clicked(page: Page) -> None:
     expect(picture).to_have_attribute("src", re.compile(r"sea\.JPEG"))
 
 
+def test_the_heat_map_shows_the_class_that_is_chosen(page: Page, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (64, 64), GREEN)
+    picture.paste(BLUE, (0, 0, 20, 40))
+    picture.save(tmp_path / "shore.png")
+    heat = page.locator("#heat img")
+    expect(heat).to_have_count(0)
+    upload(page, tmp_path / "shore.png")
+    expect_answer(page, "green")
+    expect_text(page, re.compile(r"speak for green\.$"))
+    first = heat.get_attribute("src")
+    page.locator(".confidence-set").filter(has_text="blue").click()
+    expect_text(page, re.compile(r"speak for blue\.$"))
+    expect(heat).not_to_have_attribute("src", first)
+    expect_answer(page, "green")
+    page.get_by_role("button", name="Remove Image").click()
+    expect(heat).to_have_count(0)
+
+
+def test_a_webcams_picture_is_answered(page: Page) -> None:
+    page.get_by_role("button", name="Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.locator("#picture video").wait_for()
+    page.get_by_role("button", name="capture photo").click()
+    expect_text(page, re.compile(r"^Answered in "))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_on_a_phone(browser: Browser, app: App, scheme: str, tmp_path: Path) -> None:
+    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+    with open_page(browser, app.url, **phone, color_scheme=scheme) as page:
+        page.locator("button.gallery-item").first.tap()
+        expect_answer(page, "green")
+        expect(page.locator("#heat img")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", colour)[:3])) < 60) == (scheme == "dark")
+        assert page.get_by_role("button", name="Classify").bounding_box()["y"] < 844
+
+
+def test_it_links_to_what_is_known(page: Page) -> None:
+    expect(page.get_by_role("link", name="Code")).to_have_attribute(
+        "href", "https://example.com/code"
+    )
+    expect(page.get_by_role("link", name="Model card")).to_have_count(0)
+
+
 # ------------------------------------------------------------------------------ the endpoint
 
 
@@ -322,7 +409,7 @@ def test_the_endpoint_gives_the_probabilities_of_the_model(
     client: gradio_client.Client, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "leaf.png", GREEN)
-    answer, took = client.predict(gradio_client.handle_file(path), api_name="/classify")
+    answer, took, heat = client.predict(gradio_client.handle_file(path), api_name="/classify")
     logits = [(value - m) / s for value, m, s in zip((0, 1, 0), MEAN, STD, strict=True)]
     total = sum(map(math.exp, logits))
     expected = {
@@ -331,6 +418,8 @@ def test_the_endpoint_gives_the_probabilities_of_the_model(
     found = {entry["label"]: entry["confidence"] for entry in answer["confidences"]}
     assert answer["label"] == "green" and took.startswith("Answered in ")
     assert found == pytest.approx(expected, abs=1e-5)
+    with Image.open(heat) as image:
+        assert image.size == (640, 480)
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -353,6 +442,8 @@ def png_of_size(width: int, height: int) -> bytes:
         ("poster.png", "poster.png has more than 89 million pixels."),
         ("bomb.png", "bomb.png has more than 89 million pixels."),
         ("line.png", "line.png is more than 100 times as long as wide."),
+        ("phone.heic", "phone.heic is a HEIC photo, which this page does not read."),
+        ("scans.jpg", "scans.jpg would take too long to read."),
     ],
 )
 def test_a_picture_that_cannot_be_used_gets_a_sentence(
@@ -369,6 +460,8 @@ def test_a_picture_that_cannot_be_used_gets_a_sentence(
         path.write_bytes(
             {
                 "empty.jpg": b"",
+                "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
+                "scans.jpg": b"\xff\xd8" + 70 * b"\xff\xda\0\0",
                 "page.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
                 "poster.png": png_of_size(10_000, 10_000),  # where Pillow itself only warns
                 "bomb.png": png_of_size(30_000, 30_000),
@@ -391,6 +484,35 @@ def test_a_request_cannot_name_a_file_of_the_server(app: App, tmp_path: Path) ->
     with urllib.request.urlopen(f"{call}/{event}", timeout=20) as reply:
         result = reply.read().decode()
     assert "event: error" in result and "Choose a picture first." in result
+
+
+def test_a_crowd_gets_answers_or_is_told_that_the_queue_is_full(
+    app: App, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = stress_app.App(urlsplit(app.url).port, app.pid)
+    assert stress_app.crowd(running, clients=50, seconds=3) == []
+    assert re.search(r"\d+ answers in .* told [1-9]\d* times", capsys.readouterr().out, re.DOTALL)
+
+
+def test_sixty_hostile_files_and_requests(deployment: Path) -> None:
+    done = run_stage_command(
+        "scripts/stress_app.py", "hostile", "--count", 60, "--app-folder", deployment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "good pictures answered: 6\n" in done.stdout
+    assert re.search(r"hostile files refused: [1-9]", done.stdout)
+
+
+def test_the_stress_notices_a_leak_and_a_missing_sentence() -> None:
+    for answer in (
+        stress_app.Answer(200, "error", '{"error": "Traceback (most recent call last)"}'),
+        stress_app.Answer(200, "complete", "root:x:0:0"),
+        stress_app.Answer(500, "", "Internal Server Error"),
+        stress_app.Answer(200, "error", "null"),
+        stress_app.Answer(200, "", ""),
+    ):
+        assert stress_app.wrong_with(answer, is_file=True)
+    assert not stress_app.wrong_with(stress_app.Answer(200, "error", '{"error": "x"}'), True)
 
 
 def test_nothing_is_written_beside_the_app(app: App) -> None:
@@ -425,6 +547,7 @@ REFUSALS = {
     "another format": (describe(format=2), "is not of format 1"),
     "a key is missing": (describe(mean=None), "has no mean"),
     "another model.pt": (lambda f: (f / "model.pt").write_bytes(b"x"), "its sha256 differs"),
+    "another model.json": (describe(name="x"), "is not the one that MODEL_JSON_SHA256 names"),
     "a label too few": (describe(labels=["red", "green"]), "3 outputs, model.json has 2 labels"),
 }
 
@@ -449,6 +572,9 @@ def test_a_spoiled_deployment_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if case == "another model.json":
+        content = (spoiled / "model.json").read_bytes()
+        monkeypatch.setenv("MODEL_JSON_SHA256", hashlib.sha256(content).hexdigest())
     REFUSALS[case][0](spoiled)
     monkeypatch.setattr(module, "FOLDER", spoiled)
     with pytest.raises(SystemExit) as ended:
@@ -493,10 +619,13 @@ def test_preprocess_is_the_validation_rule(
             transforms.Normalize(MEAN, STD),
         ]
     )
-    found, expected = module.preprocess(picture, export), rule(picture)[None]
+    (found, box), expected = module.preprocess(picture, export), rule(picture)[None]
     assert found.shape == expected.shape and found.dtype == torch.float32
     grey_levels = (found - expected).abs() * torch.tensor(STD).view(1, 3, 1, 1) * 255
     assert grey_levels.max() <= 1
+    middle = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
+    assert middle == pytest.approx([side / 2 for side in size], abs=1.5)
+    assert box[2] - box[0] == pytest.approx(min(size) * input_px / resize_px, abs=1.5)
 
 
 def test_every_kind_of_picture_becomes_the_rgb_that_a_person_sees(
@@ -523,10 +652,58 @@ def test_every_kind_of_picture_becomes_the_rgb_that_a_person_sees(
     )
     Image.new("CMYK", (32, 32), 0).save(tmp_path / "ink.tiff")
     for name, picture in expected.items():
-        found = module.open_picture(tmp_path / name)
+        found = module.open_picture(tmp_path / name, 8)
         assert found.mode == "RGB", name
         difference = ImageChops.difference(found, picture).getextrema()
         assert max(high for _, high in difference) <= 1, (name, difference)
+
+
+def test_a_phones_48_megapixels_are_read_small_and_alike(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    small = np.random.default_rng(2).integers(0, 256, (63, 47, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large = Image.fromarray(small).resize((6048, 8064), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "phone.jpg", exif=exif, quality=90)
+    found = module.open_picture(tmp_path / "phone.jpg", 256)
+    assert found.size == (2016, 1512)
+    turned = large.transpose(Image.Transpose.ROTATE_270)
+    difference = np.subtract(
+        *(np.asarray(p.resize((341, 256), Image.Resampling.BILINEAR), int) for p in (found, turned))
+    )
+    assert np.abs(difference).mean() < 1 and np.abs(difference).max() <= 8
+
+
+def test_the_heat_map_adds_up_to_the_logit(module: ModuleType, deployment: Path) -> None:
+    model, export = module.load_export(deployment)
+    assert module.can_explain(model, export["input_px"])
+    images = torch.rand(1, 3, INPUT_PX, INPUT_PX)  # positive, so that nothing is clipped
+    features = module.last_features(model, images)
+    evidence = module.activation_map(model, features, 1)
+    largest = features[0, 1].max().item()
+    assert evidence.max() == pytest.approx(1)
+    assert evidence.mean() * largest == pytest.approx(model(images)[0, 1].item(), abs=1e-5)
+    assert evidence[INPUT_PX // 2 :].max() == 0
+    box = (10, 0, 90, 80)
+    painted = np.asarray(module.paint(Image.new("RGB", (100, 80), "white"), evidence, box))
+    assert painted.shape == (512, 640, 3)
+    assert (painted[:, :60] == 102).all() and (painted[:, 580:] == 102).all()  # darkened
+    assert (painted[270:, 70:570] > 250).all()  # nothing spoke for it there
+    assert painted[:250, 70:570].mean() < 240
+
+
+def test_a_model_that_is_built_otherwise_is_not_explained(module: ModuleType) -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean(dim=(2, 3))
+
+    class Squared(TopHalfColour):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images) ** 2
+
+    for model in (Mean(), Squared().eval()):
+        assert not module.can_explain(model, INPUT_PX)
 
 
 def test_labels_that_classes_share_are_told_apart(module: ModuleType) -> None:

@@ -1,0 +1,466 @@
+"""What the app does with hostile files and with a crowd: bad answers end with exit code 1.
+
+    python3 scripts/stress_app.py hostile --count 1000
+    python3 scripts/stress_app.py crowd --clients 50 --seconds 60
+
+Starts gradio_deploy/app.py, which needs an export beside it, and talks to it over HTTP on loopback.
+`hostile` sends damaged, truncated, fuzzed and mislabelled files, bombs, odd modes, names that try
+to leave the folder, and handmade requests, with good pictures in between, which must get the same
+answer each time. Everything else must get an answer or one sentence, without a traceback or a path
+of the server. `crowd` is a number of people who upload and ask without a pause; all that they may
+be told beside an answer is that the queue is full. Both report the app's peak memory.
+"""
+
+import contextlib
+import dataclasses
+import http.client
+import io
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from utils import EXIT_FAILED, UserError, parse_options, run_stage
+
+START_LIMIT_S = 120
+ANSWER_LIMIT_S = 120
+MAX_PEAK_BYTES = 3 << 30  # far below what a free Space has, 16 GB
+GOOD_EVERY = 10
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# What no answer may hold: a traceback, or what stands in the files that were asked for.
+LEAK = re.compile(r"Traceback|File \"|site-packages|root:x|import gradio|val_top1")
+FULL = "Queue is full"
+
+
+@dataclasses.dataclass(frozen=True)
+class StressOptions:
+    """What is sent to the app."""
+
+    kind: tyro.conf.Positional[Literal["hostile", "crowd"]]
+    """hostile: files and requests made to break it; crowd: many people at once"""
+    app_folder: str = "gradio_deploy"
+    """folder of the app and its export"""
+    count: int = 1000
+    """hostile files and requests, a good picture among every ten"""
+    seed: int = 0
+    """seed of the hostile files"""
+    clients: int = 50
+    """people at once"""
+    seconds: float = 60
+    """how long they keep asking"""
+
+
+class App(NamedTuple):
+    """A running app."""
+
+    port: int
+    pid: int
+
+
+class Answer(NamedTuple):
+    """What came back: an HTTP status, and the event's name and data where there was one."""
+
+    status: int
+    event: str
+    text: str
+
+
+# ------------------------------------------------------------------------------ talking to the app
+
+
+def request(app: App, method: str, path: str, body: bytes | None, kind: str) -> tuple[int, str]:
+    """Status and text of one HTTP exchange; an event stream is read to its end."""
+    connection = http.client.HTTPConnection("127.0.0.1", app.port, timeout=ANSWER_LIMIT_S)
+    try:
+        connection.request(method, path, body, {"Content-Type": kind} if body else {})
+        reply = connection.getresponse()
+        return reply.status, reply.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def upload(app: App, name: str, content: bytes) -> tuple[int, str]:
+    """Status and text of an upload; the text is a JSON list of the path where the file lies."""
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"').encode()
+    head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="' + quoted
+    body = head + b'"\r\nContent-Type: image/png\r\n\r\n' + content + b"\r\n--edge--\r\n"
+    return request(app, "POST", "/gradio_api/upload", body, "multipart/form-data; boundary=edge")
+
+
+def ask(app: App, data: object) -> Answer:
+    """The endpoint's answer to the inputs `data`."""
+    call = "/gradio_api/call/classify"
+    body = json.dumps({"data": data}).encode()
+    status, text = request(app, "POST", call, body, "application/json")
+    if status != 200:
+        return Answer(status, "", text)
+    status, text = request(app, "GET", f"{call}/{json.loads(text)['event_id']}", None, "")
+    events = re.findall(r"event: (\w+)\ndata: (.*)", text)
+    return Answer(status, *events[-1]) if events else Answer(status, "", text)
+
+
+def classify(app: App, name: str, content: bytes) -> Answer:
+    """Upload a file and ask what it shows, as a visitor's browser does."""
+    status, text = upload(app, name, content)
+    if status != 200:
+        return Answer(status, "", text)
+    return ask(app, [{"path": json.loads(text)[0], "meta": {"_type": "gradio.FileData"}}])
+
+
+# ------------------------------------------------------------------------------ what is sent
+
+
+def picture(
+    rng: random.Random, form: str = "JPEG", size: tuple[int, int] = (160, 120), mode: str = "RGB"
+) -> bytes:
+    """A picture file of coarse noise."""
+    small = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3))
+    file = io.BytesIO()
+    small.resize(size).convert(mode).save(file, form)
+    return file.getvalue()
+
+
+def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A PNG that claims width x height px, with the compressed `data` and more chunks before it."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), *more, (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def truncated(rng: random.Random) -> bytes:
+    """A picture that ends too soon."""
+    content = picture(rng, rng.choice(FORMATS))
+    return content[: rng.randrange(len(content))]
+
+
+def fuzzed(rng: random.Random) -> bytes:
+    """A picture with random bytes in its first 64, or anywhere."""
+    content = bytearray(picture(rng, rng.choice(FORMATS)))
+    reach = rng.choice((64, len(content)))
+    for _ in range(rng.choice((1, 4, 16))):
+        content[rng.randrange(min(reach, len(content)))] = rng.randrange(256)
+    return bytes(content)
+
+
+def spliced(rng: random.Random) -> bytes:
+    """The head of one format and the tail of another."""
+    one, other = (picture(rng, rng.choice(FORMATS)) for _ in range(2))
+    return one[: rng.randrange(len(one))] + other[rng.randrange(len(other)) :]
+
+
+def odd(rng: random.Random) -> bytes:
+    """A whole picture in a mode, a shape or a turn that is rare."""
+    form, mode = rng.choice(
+        [
+            *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGBA", "I;16")),
+            *(("TIFF", mode) for mode in ("1", "L", "CMYK", "LAB", "F", "I", "YCbCr", "RGBA")),
+            *(("JPEG", mode) for mode in ("L", "CMYK")),
+            *(("WEBP", "RGBA"), ("GIF", "P"), ("BMP", "1"), ("AVIF", "RGBA")),
+        ]
+    )
+    size = rng.choice(((1, 1), (2, 199), (640, 7), (333, 500)))
+    small = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3)).resize(size)
+    if mode == "LAB":
+        image = Image.frombytes("LAB", size, small.tobytes())
+    else:
+        image = (small if mode in ("CMYK", "YCbCr") else small.convert("L")).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = rng.randrange(12)
+    file = io.BytesIO()
+    if form in ("JPEG", "PNG", "WEBP", "TIFF"):
+        image.save(file, form, exif=exif)
+    else:
+        image.save(file, form)
+    return file.getvalue()
+
+
+def bomb(rng: random.Random) -> bytes:
+    """A small file that would be large in memory, or slow."""
+    kind = rng.randrange(7)
+    zeros = zlib.compress(bytes(50_000_000), 9)
+    if kind == 0:
+        return png(*rng.choice(((30_000, 30_000), (9_500, 9_500), (2**31 - 1, 1))), zeros)
+    if kind == 1:  # just below the limit, and whole
+        rows = zlib.compress(bytes((9_000 * 3 + 1) * 9_000), 1)
+        return png(9_000, 9_000, rows)
+    if kind in (2, 3):
+        chunk = (b"zTXt", b"Comment\0\0") if kind == 2 else (b"iCCP", b"profile\0\0")
+        return png(64, 64, zeros, (chunk[0], chunk[1] + zeros))
+    if kind == 4:
+        return b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + picture(rng, "GIF")[10:]
+    if kind == 5:  # a progressive JPEG whose last scan comes a thousand times
+        file = io.BytesIO()
+        image = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3)).resize((2_000, 2_000))
+        image.save(file, "JPEG", progressive=True)
+        content = file.getvalue()
+        scan = content[content.rindex(b"\xff\xda") : -2]
+        return content[:-2] + scan * 1000 + content[-2:]
+    directory = struct.pack("<2sHIH", b"II", 42, 8, 65_535)  # a TIFF that claims 65,535 tags
+    return directory + struct.pack("<HHII", 0x0100, 4, 2**32 - 1, 8) * 65_535
+
+
+def other(rng: random.Random) -> bytes:
+    """What is no picture, or none that is read."""
+    return rng.choice(
+        [
+            b"",
+            b"\0" * 1000,
+            rng.randbytes(5000),
+            b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
+            b"<!doctype html><script>alert(1)</script>",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n",
+            b"%PDF-1.7\n1 0 obj\n",
+            b"PK\3\4" + bytes(100),
+            b"\x7fELF" + bytes(100),
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + rng.randbytes(400),
+            b"P6 60000 60000 255\n" + bytes(100),
+            b"8BPS\0\1" + bytes(100),
+        ]
+    )
+
+
+NAMES = (
+    *("photo.png", "photo.jpg", "photo", "../../../../etc/passwd", "..\\..\\x.py", "/etc/passwd"),
+    *("%2e%2e%2fx.py", "x" * 300 + ".png", ".hidden", "..", "фото 📷.png", "a;b|c&d$(id).png"),
+    *("<img src=x onerror=alert(1)>.png", "nul.png", 'quo"te.png', "settings.py"),
+)
+
+
+def hostile_file(rng: random.Random, app: App) -> Answer:
+    """The answer to a file of a random kind, sometimes with a hostile name."""
+    make = rng.choices((truncated, fuzzed, spliced, odd, bomb, other), (5, 8, 3, 4, 1, 3))[0]
+    name = rng.choice(NAMES) if rng.random() < 0.3 else "photo.png"
+    return classify(app, name, make(rng))
+
+
+def handmade(rng: random.Random, app: App) -> Answer:
+    """A request that no browser makes."""
+    folder = os.path.realpath(f"/proc/{app.pid}/cwd")
+    place = rng.choice(
+        ("/etc/passwd", f"{folder}/app.py", f"{folder}/model.json", "app.py", "../app.py", "/", "")
+    )
+    if rng.random() < 0.3:
+        quoted = place.replace("/", rng.choice(("/", "%2f")))
+        way = rng.choice(("file=", "file/", "file=..%2f..%2f", "file=./", "file=/proc/self/cwd/"))
+        status, text = request(app, "GET", f"/gradio_api/{way}{quoted}", None, "")
+        return Answer(status, "", text)
+    meta = {"_type": "gradio.FileData"}
+    return ask(
+        app,
+        rng.choice(
+            [
+                *([{"path": place, "meta": meta}], [{"path": place}], [{"path": "\0"}], [place]),
+                *([{"path": 5}], [{"url": "file:///etc/passwd"}], [{}], [[]], [None], [5], []),
+                *({}, None, "x", [{"path": place, "url": f"file://{place}", "meta": meta}]),
+            ]
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------ the two drills
+
+
+def peak_bytes(app: App) -> int:
+    """The most memory that the app has had so far."""
+    status = Path(f"/proc/{app.pid}/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def percentiles(seconds: list[float]) -> str:
+    """The median, the 95th percentile and the longest, to print."""
+    cuts = statistics.quantiles(seconds, n=20) if len(seconds) > 1 else [0.0] * 19
+    return f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s, longest {max(seconds):.2f} s"
+
+
+def top_class(answer: Answer) -> str | None:
+    """The likeliest class, where the app gave one."""
+    return json.loads(answer.text)[0]["label"] if answer.event == "complete" else None
+
+
+def wrong_with(answer: Answer, is_file: bool) -> str | None:
+    """What a hostile file or request must not be answered with."""
+    if leak := LEAK.search(answer.text):
+        return f"the answer holds {leak[0]!r}"
+    if answer.status >= 500:
+        return f"HTTP {answer.status}"
+    if answer.event == "error" and is_file and not answer.text.startswith('{"error": "'):
+        return f"no sentence but {answer.text[:80]}"
+    if answer.status == 200 and is_file and answer.event not in ("complete", "error"):
+        return "no answer"
+    return None
+
+
+def hostile(app: App, count: int, seed: int) -> list[str]:
+    """Send `count` hostile files and requests, print what came of it, give what went wrong."""
+    good = picture(random.Random(seed), "PNG")
+    expected = top_class(classify(app, "good.png", good))
+    if expected is None:
+        raise UserError("the app does not answer a good picture", EXIT_FAILED)
+    before, begun = peak_bytes(app), time.perf_counter()
+
+    def one(index: int) -> tuple[str, float, str | None]:
+        """Outcome, seconds, and what is wrong with it."""
+        rng = random.Random(f"{seed}/{index}")
+        start = time.perf_counter()
+        if index % GOOD_EVERY == 0:
+            answer = classify(app, "good.png", good)
+            found = top_class(answer)
+            problem = None if found == expected else f"a good picture is {found}, not {expected}"
+            return "good pictures answered", time.perf_counter() - start, problem
+        is_file = rng.random() < 0.8
+        try:
+            answer = (hostile_file if is_file else handmade)(rng, app)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return "no reply", time.perf_counter() - start, repr(error)
+        outcome = "answered" if answer.event == "complete" else "refused"
+        kind = "hostile files" if is_file else "handmade requests"
+        return f"{kind} {outcome}", time.perf_counter() - start, wrong_with(answer, is_file)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(one, range(count)))
+    for outcome, times in sorted(Counter(outcome for outcome, _, _ in results).items()):
+        print(f"  {outcome}: {times}")
+    print(f"  {percentiles([seconds for _, seconds, _ in results])}, four at a time")
+    peak = peak_bytes(app)
+    print(
+        f"  {count} in {time.perf_counter() - begun:.0f} s; peak memory {peak / 1e6:.0f} MB, "
+        f"{before / 1e6:.0f} MB of it before"
+    )
+    problems = [f"{seed}/{i}: {problem}" for i, (_, _, problem) in enumerate(results) if problem]
+    if peak > MAX_PEAK_BYTES:
+        problems.append(f"peak memory {peak / 1e6:.0f} MB")
+    return problems
+
+
+def crowd(app: App, clients: int, seconds: float) -> list[str]:
+    """Ask from `clients` threads for so long, print how it went, give what went wrong."""
+    end = time.perf_counter() + seconds
+    answered: list[float] = []
+    full: list[int] = []
+    problems: list[str] = []
+
+    def person(number: int) -> None:
+        rng = random.Random(number)
+        content = picture(rng, "JPEG", (500, 375))
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            try:
+                answer = classify(app, "photo.jpg", content)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problems.append(repr(error))
+                continue
+            if answer.event == "complete":
+                answered.append(time.perf_counter() - start)
+            elif answer.status == 503 and FULL in answer.text:
+                full.append(number)
+                time.sleep(rng.uniform(0.5, 1.5))  # then they try again
+            else:
+                problems.append(str(answer))
+
+    threads = [threading.Thread(target=person, args=(number,)) for number in range(clients)]
+    begun = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - begun
+    if not answered:
+        return [*problems, "nobody got an answer"]
+    print(
+        f"  {len(answered)} answers in {took:.0f} s, {len(answered) / took:.1f} a second, to "
+        f"{clients} people at once: {percentiles(answered)}\n"
+        f"  told {len(full)} times that the queue is full; "
+        f"peak memory {peak_bytes(app) / 1e6:.0f} MB"
+    )
+    return problems
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+@contextlib.contextmanager
+def start_app(folder: Path) -> Iterator[App]:
+    """Run the app of `folder` on a free port; its temporary files go when the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as elsewhere, tempfile.TemporaryFile("w+") as log:
+        address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+        process = subprocess.Popen(
+            [sys.executable, folder.resolve() / "app.py"],
+            cwd=folder,
+            env={**os.environ, **address, "TMPDIR": elsewhere},
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+        try:
+            app, deadline = App(port, process.pid), time.monotonic() + START_LIMIT_S
+            while not is_up(app):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise UserError(f"the app does not start: {log.read().strip()[-500:]}")
+                time.sleep(0.2)
+            yield app
+            if process.poll() is not None:
+                raise UserError(f"the app ended with exit code {process.poll()}", EXIT_FAILED)
+            log.seek(0)
+            errors = Counter(re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b", log.read(), re.M))
+            if errors:
+                print(f"  in the app's log: {dict(errors)}")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def is_up(app: App) -> bool:
+    """Whether the page is served already."""
+    try:
+        return request(app, "GET", "/", None, "")[0] == 200
+    except OSError:
+        return False
+
+
+def main() -> None:
+    """Start the app, send what was asked for, say what went wrong."""
+    options = parse_options(StressOptions, __doc__)
+    with start_app(Path(options.app_folder)) as app:
+        drill: Callable[[], list[str]] = {
+            "hostile": lambda: hostile(app, options.count, options.seed),
+            "crowd": lambda: crowd(app, options.clients, options.seconds),
+        }[options.kind]
+        problems = drill()
+    for problem in problems[:20]:
+        print(f"  WRONG {problem}")
+    if problems:
+        raise UserError(f"{len(problems)} answers were wrong, listed above", EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -348,7 +348,7 @@ def try_access(url: str, folder: Path) -> Access:
             try:
                 paid = store.read(sessions.FILE)
             except Exception as error:
-                refused["read"] = _in_words(error)
+                refused["read"] = in_words(error)
         if is_new:
             with contextlib.suppress(OSError):
                 store.folder.rmdir()

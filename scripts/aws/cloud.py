@@ -435,9 +435,9 @@ def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
     wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
     if code := taken_by_ec2(aws, instance):
         print(
-            f"EC2 has taken it ({code}), and alone may start it again: it "
-            "does so, and training goes on, once there is capacity in this zone. To begin "
-            "elsewhere: tear-down --keep-snapshot, then launch"
+            f"EC2 has taken it ({code}), and alone may start it again: it does so, and training "
+            "goes on, once there is capacity in this zone. To go on in another zone, where there "
+            "is a mirror: tear-down --keep-snapshot, then launch; without one that loses the run"
         )
         return False
     aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
@@ -472,9 +472,8 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
     confirm(
         options,
         f"rents a {settings.instance_type}, {settings.market}, in {zones[0]} at {rate}; "
-        f"{disks_gb} GB of disks "
-        f"beside its own cost ${disks_gb * GP3_GB_MONTH_USD:.2f} a month, running or stopped, and "
-        f"filling one of them ${filling_usd:.2f} once",
+        f"{disks_gb} GB of disks beside its own cost ${disks_gb * GP3_GB_MONTH_USD:.2f} a month, "
+        f"running or stopped, and filling one of them ${filling_usd:.2f} once",
     )
     data = {
         "SnapshotId": snapshot["SnapshotId"],

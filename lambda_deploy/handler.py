@@ -178,10 +178,8 @@ def content_of(event: Any) -> bytes:
     if event["requestContext"]["http"]["method"] != "POST":
         refuse(405, "Send a picture with POST.")
     body = event.get("body") or ""
-    if event.get("isBase64Encoded"):
-        content = from_base64(body)
-    else:
-        content = body.encode(errors="replace")
+    in_base64 = event.get("isBase64Encoded")
+    content = from_base64(body) if in_base64 else body.encode(errors="replace")
     if not content.strip():
         refuse(400, 'There is no picture: send its bytes, or JSON, {"image": "<base64>"}.')
     if not content.lstrip().startswith(b"{"):  # with which no picture begins

@@ -39,8 +39,12 @@ from utils import UserError, latest_run, parse_options, read_json, run_stage
 
 SOURCE = REPOSITORY / "lambda_deploy"
 RUNTIME, ARCHITECTURE = "python3.13", "x86_64"
-# Amazon Linux 2023, on which that runtime builds, has glibc 2.34.
-WHEELS = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.13")
+# Amazon Linux 2023, on which that runtime builds, has glibc 2.34. Not every pip knows that a
+# platform takes what was built for an older one.
+WHEELS = (
+    *("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_27_x86_64"),
+    *("--platform", "manylinux2014_x86_64", "--python-version", "3.13"),
+)
 # What answering needs nothing of; licences stay.
 NOT_NEEDED = (
     *("bin", "onnxruntime/tools", "onnxruntime/quantization", "onnxruntime/transformers"),

@@ -73,7 +73,7 @@ class Deploy(Options):
     image_bucket: str = ""
     """bucket of whose pictures it may be asked by their keys; empty: none"""
     memory_mb: int = 1769
-    """memory in MB, 1,024 to 10,240; 1,769 come with one whole vCPU"""
+    """memory in MB, 1,536 to 10,240; 1,769 come with one whole vCPU"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +201,12 @@ def log_group(settings: Settings) -> str:
     return f"/aws/lambda/{settings.project}"
 
 
-def has_log_group(aws: Aws, settings: Settings) -> bool:
-    """Whether it is there; the list is of all that begin so."""
+def find_log_group(aws: Aws, settings: Settings) -> dict[str, Any] | None:
+    """The function's log, or None; AWS lists all whose names begin so."""
     groups = aws.read(
         "logs", "describe-log-groups", "--log-group-name-prefix", log_group(settings)
     )["logGroups"]  # fmt: skip
-    return any(group["logGroupName"] == log_group(settings) for group in groups)
+    return next((one for one in groups if one["logGroupName"] == log_group(settings)), None)
 
 
 def where(aws: Aws, settings: Settings) -> tuple[str, str, str]:
@@ -222,8 +222,8 @@ def where(aws: Aws, settings: Settings) -> tuple[str, str, str]:
 def deploy(options: Deploy, aws: Aws) -> None:
     """Make what is missing, change what differs, and print the function's address."""
     settings = options.settings
-    if not 1024 <= options.memory_mb <= 10_240:
-        raise UserError(f"memory_mb is {options.memory_mb}: it must be 1,024 to 10,240")
+    if not 1536 <= options.memory_mb <= 10_240:
+        raise UserError(f"memory_mb is {options.memory_mb}: it must be 1,536 to 10,240")
     if options.max_concurrency < 0:
         raise UserError(f"max_concurrency is {options.max_concurrency}: it must be 0 or more")
     export = find_export(options)
@@ -303,11 +303,13 @@ def ensure_role(aws: Aws, options: Deploy, region: str, account: str) -> str:
 
 def ensure_log_group(aws: Aws, settings: Settings) -> None:
     """A log that forgets; Lambda would make one that keeps everything."""
-    if not has_log_group(aws, settings):
+    group = find_log_group(aws, settings)
+    if group is None:
         aws.change(
             "logs", "create-log-group", "--log-group-name", log_group(settings),
             "--tags", f"{PROJECT_TAG}={settings.project}",
         )  # fmt: skip
+    if group is None or group.get("retentionInDays") != LOG_DAYS:
         aws.change(
             "logs", "put-retention-policy", "--log-group-name", log_group(settings),
             "--retention-in-days", LOG_DAYS,
@@ -451,7 +453,7 @@ def remove(options: Remove, aws: Aws) -> None:
     region, account, bucket = where(aws, settings)
     owner = ("--expected-bucket-owner", account)
     function, role = find_function(aws, settings), find_role(aws, settings)
-    has_log = has_log_group(aws, settings)
+    has_log = find_log_group(aws, settings) is not None
     has_bucket = found(aws, "s3api", "head-bucket", "--bucket", bucket, *owner) is not None
     lines = [
         *([f"function {settings.project}"] if function else []),

@@ -1,27 +1,29 @@
-"""Export a trained model as TorchScript, for the app, and as what other tools read.
+"""Export a trained model: TorchScript, ONNX for the app and AWS Lambda, torch.export's file.
 
     python3 generate_trace_model.py                       the most recent run, its best weights
     python3 generate_trace_model.py --name NAME --weights last
-    python3 generate_trace_model.py --formats torchscript pt2 onnx
+    python3 generate_trace_model.py --formats torchscript onnx pt2
 
-Reads config.json and best.pt of runs/<name>/. Writes into runs/<name>/export/, and copies into the
-app's folder: model.pt (TorchScript, float32), model.json (labels, input size, mean, deviation and
-resize rule, the accuracy that was measured, the SHA-256 of each file) and examples/ (a few
-validation images). Nothing is written unless the outputs of each file, read back, equal the
-model's: to 1e-5, in ONNX to 1e-4, for one picture and for seven or more at once.
+Reads config.json and best.pt of runs/<name>/. Writes into runs/<name>/export/, in float32:
 
-TorchScript is deprecated in PyTorch and does not work from Python 3.14 on. What takes its place is
-written on request, in float32 and for batches of any size, and only into runs/<name>/export/:
+    model.pt     TorchScript, for `torch.jit.load`; deprecated in PyTorch, and not to be had from
+                 Python 3.14 on
+    model.onnx   ONNX of opset 18, for batches of any size; the fields of model.json are its
+                 metadata_props. Its second output, activation_maps, says which places of the
+                 picture speak for each class
+    model.pt2    on request: torch.export's file, for `torch.export.load("model.pt2").module()` and
+                 batches of any size; it carries model.json as an extra file of that name
+    model.json   labels, input size, mean, deviation and resize rule, the accuracy that was
+                 measured, the SHA-256 of each file
+    examples/    a few validation images
 
-    model.pt2    torch.export's file, for `torch.export.load("model.pt2").module()`; it carries
-                 model.json as an extra file of that name
-    model.onnx   ONNX of opset 18, for ONNX Runtime and others; the fields of model.json are its
-                 metadata_props (pip install -r requirements-export.txt)
+and copies into the app's folder what the app reads: model.onnx, model.json, examples/. Nothing is
+written unless the outputs of each file, read back, equal the model's: to 1e-5, in ONNX to 1e-4, for
+one picture and for seven or more at once.
 """
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import shutil
@@ -57,7 +59,7 @@ from utils import (
 
 # Largest difference between an exported and an eager logit. ONNX Runtime has convolutions of its
 # own, and BatchNorm folded into them.
-TOLERANCES = {"torchscript": 1e-5, "pt2": 1e-5, "onnx": 1e-4}
+TOLERANCES = {"torchscript": 1e-5, "onnx": 1e-4, "pt2": 1e-5}
 LEAST_BATCH = 7  # images in a batch that the formats are compared on, beside one alone
 ONNX_OPSET = 18  # the exporter's own; later ones have nothing that ResNet-50 uses
 RESIZE_RULE = (
@@ -107,7 +109,7 @@ def as_torchscript(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) ->
     return Export("model.pt", content, torch.jit.load(io.BytesIO(content)), {})
 
 
-def export_program(model: ResNet50Wrapper, px: int) -> torch.export.ExportedProgram:
+def export_program(model: torch.nn.Module, px: int) -> torch.export.ExportedProgram:
     """The model as torch.export has it, for inputs (N, 3, px, px) of any N from 1 on."""
     batch = {0: torch.export.Dim("batch", min=1)}
     # A batch of two: torch.export would take one of one picture for a constant.
@@ -127,20 +129,43 @@ def as_pt2(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) -> Export:
     return Export("model.pt2", content, loaded, {})
 
 
+class WithActivationMaps(torch.nn.Module):
+    """A ResNet that gives, beside its logits, what each place of the last features adds to them.
+
+    The class activation maps of Zhou et al., arXiv 1512.04150: the last layer's weights over the
+    features, float32 (N, classes, height, width). The mean of a map over the places, with the bias
+    of its class, is the logit.
+    """
+
+    def __init__(self, model: ResNet50Wrapper) -> None:
+        super().__init__()
+        self.resnet = model.model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, classes) and maps of a batch (N, 3, H, W)."""
+        resnet = self.resnet
+        features = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images))))
+        for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+            features = stage(features)
+        maps = resnet.fc.weight @ features.flatten(2)
+        logits = resnet.fc(resnet.avgpool(features).flatten(1))
+        return logits, maps.unflatten(2, features.shape[2:])
+
+
 def as_onnx(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) -> Export:
     """ONNX by the exporter that builds on torch.export; each field of the metadata is a property.
 
     A property is text: what is no text is put there as JSON.
     """
-    import onnx
+    import onnx  # these take a second, in which a mistake is answered already
     import onnxruntime
 
     proto = torch.onnx.export(
-        export_program(model, px),
+        export_program(WithActivationMaps(model).eval(), px),
         dynamo=True,
         verbose=False,
         input_names=["images"],
-        output_names=["logits"],
+        output_names=["logits", "activation_maps"],
         opset_version=ONNX_OPSET,
     ).model_proto
     for value in (*proto.graph.input, *proto.graph.output):
@@ -156,24 +181,12 @@ def as_onnx(model: ResNet50Wrapper, px: int, metadata: dict[str, Any]) -> Export
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
     return Export("model.onnx", content, run, {"opset": ONNX_OPSET})
 
 
-EXPORTERS = {"torchscript": as_torchscript, "pt2": as_pt2, "onnx": as_onnx}
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-def check_formats(formats: Sequence[str]) -> None:
-    """Raise UserError if none is asked for, or a package that one needs is not installed."""
-    if not formats:
-        raise UserError(f"no --formats: name one or several of {', '.join(EXPORTERS)}")
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if "onnx" in formats and missing:
-        raise UserError(
-            f"--formats onnx needs {', '.join(missing)}: pip install -r requirements-export.txt"
-        )
+EXPORTERS = {"torchscript": as_torchscript, "onnx": as_onnx, "pt2": as_pt2}
 
 
 def largest_difference(
@@ -262,7 +275,8 @@ def main() -> None:
     """Export, compare, and write the files."""
     options = parse_options(DeploymentConfig, __doc__)
     formats = tuple(dict.fromkeys(options.formats))
-    check_formats(formats)
+    if not formats:
+        raise UserError(f"no --formats: name one or several of {', '.join(EXPORTERS)}")
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name)
     if not options.name:
@@ -274,7 +288,7 @@ def main() -> None:
     config = Config(**record["config"])
     classes = tuple(record["classes"])
     targets = {folder / "export": "--runs-folder"}
-    if "torchscript" in formats:
+    if "onnx" in formats:
         targets[Path(options.app_folder)] = "--app-folder"
     for target, option in targets.items():
         check_writable(target, option)
@@ -308,8 +322,7 @@ def main() -> None:
         compare(kind, model, exports[kind], images, bool(examples))
     show_predictions(exports[formats[0]].run, images, labels, examples)
     for target in targets:
-        # The app reads TorchScript.
-        kinds = formats if target == folder / "export" else ("torchscript",)
+        kinds = formats if target == folder / "export" else ("onnx",)
         write_export(target, {kind: exports[kind] for kind in kinds}, metadata, examples)
 
 
@@ -375,11 +388,7 @@ def write_export(
     }
     for export in exports.values():
         write_atomically(folder / export.file, export.content)
-    # The app looks for its file by the first two.
-    write_json(
-        folder / "model.json",
-        {**metadata, **described.get("torchscript", {}), "formats": described},
-    )
+    write_json(folder / "model.json", {**metadata, "formats": described})
     files = [export.file for export in exports.values()]
     for other in {"model.pt", "model.pt2", "model.onnx"} - set(files):
         (folder / other).unlink(missing_ok=True)

@@ -220,8 +220,8 @@ class DeploymentConfig:
     """which weights of the run: those with the best validation top-1, or the last"""
     app_folder: str = "gradio_deploy"
     """folder of the app, which gets a copy of the exported files"""
-    formats: tuple[Literal["torchscript", "pt2", "onnx"], ...] = ("torchscript",)
-    """files to write: TorchScript, torch.export's .pt2, ONNX; the app reads the first"""
+    formats: tuple[Literal["torchscript", "onnx", "pt2"], ...] = ("torchscript", "onnx")
+    """files to write: TorchScript, ONNX, torch.export's .pt2; app and AWS Lambda read ONNX"""
     examples: int = 6
     """validation images to check the export on and to offer in the app as examples"""
 

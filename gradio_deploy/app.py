@@ -1,47 +1,33 @@
 """The web page of a trained classifier: a picture in, the five likeliest classes out.
 
-Command: `python3 app.py`, from any folder. It stands alone and reads only what
-`generate_trace_model.py` writes beside it: `model.json` (labels, sizes, mean, standard deviation,
-measured accuracy), `model.pt` (TorchScript, float32) and `examples/` (pictures, optional). It
-writes nothing there. Its address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT.
-MODEL_CARD_URL and CODE_URL are what the page links to, MODEL_JSON_SHA256 pins the export; each may
-be left out.
+Command: `python3 app.py`, from any folder. It stands alone: beside it lie classifier.py and what
+`generate_trace_model.py` writes there, `model.onnx`, `model.json` (labels, sizes, mean, standard
+deviation, measured accuracy) and `examples/` (pictures, optional). It writes nothing there. Its
+address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT. MODEL_CARD_URL and CODE_URL
+are what the page links to, MODEL_JSON_SHA256 pins the export; each may be left out.
 
 A file that is missing or does not belong to the others ends it with one line on stderr and exit
 code 2.
 """
 
-import hashlib
-import io
-import json
 import os
 import re
 import sys
 import time
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+import classifier
 import gradio as gr
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+import onnxruntime
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FOLDER = Path(__file__).resolve().parent
-MODEL_FORMAT = 1  # of model.json; the exporter counts it up when a key changes its meaning
-KEYS = (
-    *("name", "file", "sha256", "classes", "labels", "input_px", "resize_px", "mean", "std"),
-    *("weights", "epoch", "val_top1", "val_top5", "val_images"),
-)
-
-# What browsers and cameras make. Pillow's other readers are rarely tested with hostile files, and
-# one of them (EPS) starts a program of its own.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)  # AVIF may begin like the last two
-MAX_ASPECT = 100  # a line of 1 x 60,000 px would fill 12 GB once its shorter side is enlarged
-MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of a whole picture
-MAX_UPLOAD = "20mb"
+MAX_REQUEST_BYTES = 1_000_000  # of what is no upload: a question names a file, and is short
 MAX_WAITING = 32  # people in the queue; the next one is told that it is full
 MAX_SESSIONS = 1000  # visitors whose page Gradio remembers
 KEEP_FILES_S = 3600  # how long uploads and heat maps stay on the disk
@@ -64,97 +50,18 @@ CSS = """
 """
 
 
-def stop(reason: str) -> NoReturn:
-    """End the program with one line on stderr and exit code 2."""
-    print(f"error: {reason}: run `python3 generate_trace_model.py` first", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def load_export(folder: Path) -> tuple[torch.jit.ScriptModule, dict]:
-    """The model and its model.json, after a check that the files in `folder` belong together.
-
-    The model takes float32 (N, 3, input_px, input_px) and gives logits, float32 (N, classes).
-    Whatever is missing or does not fit ends the program through `stop`.
-    """
-    description = folder / "model.json"
-    try:
-        content = description.read_bytes()
-        pinned = os.environ.get("MODEL_JSON_SHA256")
-        if pinned and hashlib.sha256(content).hexdigest() != pinned.strip().lower():
-            stop(f"{description} is not the one that MODEL_JSON_SHA256 names")
-        export = json.loads(content)
-    except FileNotFoundError:
-        stop(f"{description} is missing")
-    except ValueError as error:
-        stop(f"{description} is not JSON ({error})")
-    if not isinstance(export, dict) or export.get("format") != MODEL_FORMAT:
-        stop(f"{description} is not of format {MODEL_FORMAT}, the one that this app reads")
-    if missing := [key for key in KEYS if key not in export]:
-        stop(f"{description} has no {', '.join(missing)}")
-
-    weights = folder / export["file"]
-    try:
-        content = weights.read_bytes()
-    except FileNotFoundError:
-        stop(f"{weights} is missing")
-    if hashlib.sha256(content).hexdigest() != export["sha256"]:
-        stop(f"{weights} is not the file that {description.name} describes (its sha256 differs)")
-
-    try:
-        with warnings.catch_warnings():
-            # Still the format that a Space can run without the model's source.
-            warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated", FutureWarning)
-            model = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
-        with torch.inference_mode():
-            for _ in range(2):  # TorchScript compiles in its first two calls; nobody waits yet
-                logits = model(torch.zeros(1, 3, export["input_px"], export["input_px"]))
-    except RuntimeError as error:
-        stop(f"{weights} does not run ({str(error).strip().splitlines()[-1]})")
-    if not logits.shape[1] == len(export["labels"]) == len(export["classes"]):
-        stop(
-            f"{weights} has {logits.shape[1]} outputs, {description.name} has "
-            f"{len(export['labels'])} labels and {len(export['classes'])} classes"
-        )
-    return model, export
-
-
-def last_features(model: torch.jit.ScriptModule, images: torch.Tensor) -> torch.Tensor:
-    """What the last stage of a torchvision ResNet sees, float32 (N, channels, height, width).
-
-    Raises AttributeError or RuntimeError if the model is built otherwise.
-    """
-    resnet = model.model
-    for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-        images = getattr(resnet, stage)(images)
-    return images
-
-
-def can_explain(model: torch.jit.ScriptModule, input_px: int) -> bool:
-    """Whether its logits are one linear layer over the mean of `last_features`, tried on noise."""
-    noise = torch.rand(2, 3, input_px, input_px, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        try:
-            features = last_features(model, noise)
-            logits = model.model.fc(features.mean(dim=(2, 3)))
-        except (AttributeError, RuntimeError):
-            return False
-        return torch.allclose(logits, model(noise), rtol=1e-4, atol=1e-4)
-
-
-def activation_map(model: torch.jit.ScriptModule, features: torch.Tensor, label: int) -> np.ndarray:
-    """How much each place of (1, channels, height, width) speaks for a class: float32, 0 to 1.
+def activation_map(maps: np.ndarray, label: int) -> np.ndarray:
+    """How much each place of (1, classes, height, width) speaks for a class: float32, 0 to 1.
 
     The class activation map of Zhou et al., arXiv 1512.04150: the last layer's weights of the class
     over the features at each place. Its mean over the places, with the bias, is the logit itself.
     What speaks against the class counts as 0; the largest value is 1.
     """
-    evidence = torch.tensordot(model.model.fc.weight[label], features[0], dims=1).clamp(min=0)
-    return (evidence / evidence.max().clamp(min=1e-12)).detach().numpy()
+    evidence = maps[0, label].clip(min=0)
+    return evidence / max(evidence.max(), 1e-12)
 
 
-def paint(
-    picture: Image.Image, evidence: np.ndarray, box: tuple[int, int, int, int]
-) -> Image.Image:
+def paint(picture: Image.Image, evidence: np.ndarray, box: classifier.Box) -> Image.Image:
     """The picture in grey with the evidence as colours over `box`, what the model saw of it.
 
     What lies outside of the box is darkened. `evidence` is float32 (height, width), 0 to 1.
@@ -176,87 +83,9 @@ def paint(
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def open_picture(path: Path, least_px: int) -> Image.Image:
-    """The first frame of a picture file as a person sees it: 8-bit RGB, upright, on white.
-
-    A JPEG whose shorter side is at least eight times least_px is read at an eighth, a quarter or
-    half of its size, but not below four times least_px. Raises gr.Error, with a sentence for the
-    person who chose the file, if it cannot be used.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError:  # removed after KEEP_FILES_S
-        refuse("Choose the picture again.")
-    if HEIC.match(content) and b"avif" not in content[:64]:
-        refuse(
-            f"{path.name} is a HEIC photo, which this page does not read. Send it as a JPEG "
-            "(on an iPhone: Settings, Camera, Formats, Most Compatible)."
-        )
-    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        refuse(f"{path.name} would take too long to read. Try another copy of it.")
-    try:
-        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
-            longer = max(image.size) / min(image.size)
-            if longer > MAX_ASPECT:
-                refuse(
-                    f"{path.name} is more than {MAX_ASPECT} times as long as wide. "
-                    "Try another picture."
-                )
-            image.draft(None, (4 * least_px, 4 * least_px))  # of a JPEG; else it does nothing
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-    except gr.Error:
-        raise
-    except Image.UnidentifiedImageError:
-        refuse(f"{path.name} is not a picture that can be read. Try a JPEG, PNG or WebP file.")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million"
-        refuse(f"{path.name} has more than {limit} pixels. Try a smaller copy of it.")
-    except Exception:  # damage makes Pillow raise OSError, SyntaxError, ValueError, struct.error...
-        refuse(f"{path.name} is damaged or incomplete. Try another copy of it.")
-
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def refuse(sentence: str) -> NoReturn:
     """Show the person a message in place of an answer; the server's log stays quiet."""
     raise gr.Error(sentence, print_exception=False)
-
-
-def preprocess(
-    picture: Image.Image, export: dict
-) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """RGB picture → the model's input, as in validation, and the box of the picture that it shows.
-
-    The shorter side becomes resize_px (bilinear, antialiased), the centre input_px are kept. The
-    input is float32 (1, 3, input_px, input_px), the box (left, top, right, bottom) in pixels of
-    `picture`.
-    """
-    short, crop_px = min(picture.size), export["input_px"]
-    width, height = (int(export["resize_px"] * side / short) for side in picture.size)
-    left, top = round((width - crop_px) / 2), round((height - crop_px) / 2)
-    crop = (left, top, left + crop_px, top + crop_px)
-    pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR).crop(crop))
-    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-    mean, std = (torch.tensor(export[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    box = tuple(round(edge * short / export["resize_px"]) for edge in crop)
-    return (images - mean) / std, box
-
-
-def class_names(export: dict) -> list[str]:
-    """A name for each output; labels that several classes share (crane) carry their class too."""
-    times = Counter(export["labels"])
-    return [
-        label if times[label] == 1 else f"{label} ({class_id})"
-        for label, class_id in zip(export["labels"], export["classes"], strict=True)
-    ]
 
 
 def links(export: dict) -> str:
@@ -272,24 +101,68 @@ def links(export: dict) -> str:
     )
 
 
-def uploaded_file(upload: Any, folders: tuple[Path, ...]) -> Path:
-    """The file that a request means, if it lies in one of the folders; else refuses.
+def uploaded_file(upload: Any, uploads: Path) -> Path:
+    """The file that a request means, if it lies in the folder of the uploads; else refuses.
 
     Gradio hands on whatever path of the server a handmade request names.
     """
     name = upload.get("path") if isinstance(upload, dict) else None
     if isinstance(name, str) and "\0" not in name:
         path = Path(name).resolve()
-        if any(path.is_relative_to(folder) for folder in folders):
+        if path.is_relative_to(uploads):
             return path
     refuse("Choose a picture first.")
 
 
-def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.Blocks:
+class UploadedImage(gr.Image):
+    """A gr.Image that takes uploads only: Gradio would fetch a file of any size from an address."""
+
+    is_template = True  # in the browser it is a gr.Image
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        """Gradio's own, for what is no address."""
+        if str(url_or_file_path).startswith(("http://", "https://")):
+            refuse("Send the picture itself, not its address.")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class BoundedRequests:
+    """ASGI middleware that refuses a request whose body is too large, announced or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, answer with 413, or end a body that grows too long."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        # Beside a file, the form around it takes some hundred bytes.
+        limit = MAX_REQUEST_BYTES + (classifier.MAX_BYTES if is_upload else 0)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > limit:
+            await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
+            return
+        taken = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            return message if taken <= limit else {"type": "http.disconnect"}
+
+        await self.app(scope, receive_bounded, send)
+
+
+def make_page(
+    session: onnxruntime.InferenceSession, export: dict[str, Any], folder: Path
+) -> gr.Blocks:
     """The page and its one endpoint, `/classify`, for the export that lies in `folder`."""
-    names = class_names(export)
+    names = classifier.class_names(export)
     uploads = Path(gr.utils.get_upload_folder()).resolve()  # Gradio copies the examples there too
-    explained = can_explain(model, export["input_px"])
+    outputs = [output.name for output in session.get_outputs()]
+    explained = "activation_maps" in outputs
 
     def classify(upload: dict | None) -> tuple[dict[str, float], str, Image.Image | None]:
         """Classify a picture.
@@ -301,23 +174,23 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
 
     def look(upload: Any, chosen: int | None) -> tuple[dict[str, float], str, Image.Image | None]:
         """The answer, with a heat map of the class at index `chosen`; None: of the likeliest."""
-        path = uploaded_file(upload, (uploads,))
+        path = uploaded_file(upload, uploads)
         start = time.perf_counter()
-        picture = open_picture(path, export["resize_px"])
-        images, box = preprocess(picture, export)
+        try:
+            picture = classifier.open_picture(path.read_bytes())
+        except OSError:  # removed after KEEP_FILES_S
+            refuse("Choose the picture again.")
+        except classifier.RefusedError as error:
+            refuse(str(error))
+        images, box = classifier.preprocess(picture, export)
         ready = time.perf_counter()
-        with torch.inference_mode():
-            if explained:
-                features = last_features(model, images)
-                logits = model.model.fc(features.mean(dim=(2, 3)))
-            else:
-                logits = model(images)
-            probabilities = logits[0].softmax(dim=0).tolist()
-            done = time.perf_counter()
-            heat = None
-            if explained:
-                label = int(logits[0].argmax()) if chosen is None else chosen
-                heat = paint(picture, activation_map(model, features, label), box)
+        found = dict(zip(outputs, session.run(None, {"images": images}), strict=True))
+        done = time.perf_counter()
+        logits = found["logits"][0]
+        heat = None
+        if explained:
+            label = int(logits.argmax()) if chosen is None else chosen
+            heat = paint(picture, activation_map(found["activation_maps"], label), box)
         read_ms, model_ms = (ready - start) * 1e3, (done - ready) * 1e3
         all_ms = (time.perf_counter() - start) * 1e3
         took = (
@@ -326,7 +199,7 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
         )
         if explained:
             took += f" Bright places below speak for **{names[label]}**."
-        return dict(zip(names, probabilities, strict=True)), took, heat
+        return dict(zip(names, classifier.softmax(logits).tolist(), strict=True)), took, heat
 
     def explain(upload: Any, choice: gr.SelectData) -> tuple[str, Image.Image]:
         """The heat map of the class that the visitor selects in the answer."""
@@ -351,7 +224,7 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
             gr.Markdown(linked, elem_id="links")
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
+                picture = UploadedImage(
                     label="Picture",
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
@@ -383,8 +256,9 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
             )
 
         endings = Image.registered_extensions()
+        formats = classifier.PICTURE_FORMATS
         files = sorted((folder / "examples").glob("*"))
-        if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in PICTURE_FORMATS]:
+        if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in formats]:
             with below:
                 examples = gr.Examples(shown, inputs=picture, cache_examples=False)
             examples.load_input_event.then(**ask, api_visibility="private")
@@ -401,10 +275,13 @@ def make_page(model: torch.jit.ScriptModule, export: dict, folder: Path) -> gr.B
 
 def main() -> None:
     """Check the files, make the page, serve it until the process is ended."""
-    # Pillow refuses a picture at twice its limit of pixels; from the limit on it only warns.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    model, export = load_export(FOLDER)
-    page = make_page(model, export, FOLDER)
+    pinned = os.environ.get("MODEL_JSON_SHA256", "").strip()
+    try:
+        session, export = classifier.load_export(FOLDER, model_json_sha256=pinned)
+    except classifier.ExportError as error:
+        print(f"error: {error}: run `python3 generate_trace_model.py` first", file=sys.stderr)
+        raise SystemExit(2) from None
+    page = make_page(session, export, FOLDER)
     # The visitor's own font: nothing to load, and every weight is there.
     theme = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
     # Gradio 6.20 serves a clicked example only from the current folder or an allowed one.
@@ -412,8 +289,9 @@ def main() -> None:
     page.launch(
         theme=theme,
         css=CSS,
-        max_file_size=MAX_UPLOAD,
+        max_file_size=classifier.MAX_BYTES,
         allowed_paths=[examples],
+        app_kwargs={"middleware": [Middleware(BoundedRequests)]},
         state_session_capacity=MAX_SESSIONS,
         run_history=False,
         footer_links=["api", "gradio", "settings"],

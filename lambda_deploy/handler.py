@@ -1,8 +1,8 @@
 """The trained classifier as an AWS Lambda function: a picture in, the five likeliest classes out.
 
-It stands alone: beside it lie `model.onnx`, whose own metadata has labels, sizes, mean and standard
-deviation, and `model.json` with that file's SHA-256, both from `generate_trace_model.py --formats
-onnx`. Packages: requirements.txt. `scripts/aws/function.py` brings all of it to AWS.
+It stands alone: beside it lie classifier.py of gradio_deploy/, and `model.onnx` and `model.json`
+from `generate_trace_model.py`. Packages: requirements.txt. `scripts/aws/function.py` brings all of
+it to AWS.
 
 A request, through a function URL (payload format 2.0) or as the event of `aws lambda invoke`:
 
@@ -18,157 +18,24 @@ larger pictures come by S3.
 
 import base64
 import binascii
-import hashlib
-import io
 import json
 import math
 import os
-import re
-import struct
 import time
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import onnxruntime
-from PIL import Image
+import classifier
+from classifier import RefusedError
 
 FOLDER = Path(__file__).resolve().parent
-MODEL_FORMAT = 1  # of the metadata; the exporter counts it up when a key changes its meaning
-TOP = 5
 VCPU_MB = 1769  # Lambda gives one vCPU for so much memory, and in proportion
-
-# What browsers and cameras make. Pillow's other readers are rarely tested with hostile files, and
-# one of them (EPS) starts a program of its own.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)  # AVIF may begin like the last two
-MAX_BYTES = 20_000_000
-MAX_PIXELS = 50_000_000  # with the model, a transparent picture of that size takes 1 GB
-MAX_ASPECT = 100
-MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of a whole picture
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # else only twice as much is refused
-
-# Exif 2.32, tag 0x0112.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class RefusedError(Exception):
-    """A request that gets an HTTP status from 400 on, and a sentence for who made it."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
+TOO_LARGE = f"The picture has more than {classifier.MAX_BYTES >> 20} MB."
 
 
 def refuse(status: int, sentence: str) -> NoReturn:
     """Answer with this status and sentence."""
     raise RefusedError(status, sentence)
-
-
-def load_model(folder: Path) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
-    """The model and its metadata, after a check that it is the file that model.json describes.
-
-    It takes float32 (N, 3, input_px, input_px) and gives logits, float32 (N, classes). Raises
-    RuntimeError where the files do not belong together: Lambda logs it as the function's start.
-    """
-    content = (folder / "model.onnx").read_bytes()
-    described = json.loads((folder / "model.json").read_text())["formats"]["onnx"]
-    if hashlib.sha256(content).hexdigest() != described["sha256"]:
-        raise RuntimeError("model.onnx is not the file that model.json describes: export it again")
-    options = onnxruntime.SessionOptions()
-    memory_mb = int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", VCPU_MB))
-    options.intra_op_num_threads = max(1, round(memory_mb / VCPU_MB))
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    properties = session.get_modelmeta().custom_metadata_map
-    texts = ("name", "resize_rule", "weights", "weights_sha256")
-    metadata = {
-        key: value if key in texts else json.loads(value) for key, value in properties.items()
-    }
-    if metadata.get("format") != MODEL_FORMAT:
-        raise RuntimeError(f"model.onnx has no metadata of format {MODEL_FORMAT}: export it again")
-    return session, metadata
-
-
-def open_picture(content: bytes) -> Image.Image:
-    """The first frame of a picture file as a person sees it: RGB, upright, on white.
-
-    Raises RefusedError for what is no picture, damaged, or too large.
-    """
-    if not content:
-        refuse(400, "The picture is empty.")
-    if HEIC.match(content) and b"avif" not in content[:64]:
-        refuse(415, "This is a HEIC photo, which is not read here: send it as a JPEG.")
-    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        refuse(422, "This JPEG has too many scans: save it again in a program for pictures.")
-    try:
-        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                refuse(422, f"The picture is more than {MAX_ASPECT} times as long as wide.")
-            image.load()
-            turn = exif_turn(image)
-            return as_rgb(image if turn is None else image.transpose(turn))
-    except RefusedError:
-        raise
-    except Image.UnidentifiedImageError:
-        refuse(415, "This is not a picture that can be read: send a JPEG, PNG or WebP file.")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        refuse(413, f"The picture has more than {MAX_PIXELS / 1e6:.0f} million pixels.")
-    except Exception:  # damage makes Pillow raise OSError, SyntaxError, ValueError, struct.error...
-        refuse(422, "The picture is damaged or incomplete.")
-
-
-def exif_turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the picture upright, as its EXIF data says; data that is broken turns nothing."""
-    try:
-        return TURNS.get(image.getexif().get(0x0112))
-    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
-        return None
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, transparency on white."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def preprocess(picture: Image.Image, metadata: dict[str, Any]) -> np.ndarray:
-    """RGB picture → the model's input as in validation: float32 (1, 3, input_px, input_px).
-
-    The shorter side becomes resize_px (bilinear, antialiased), the centre input_px are kept; only
-    what the crop shows is resized.
-    """
-    px, (width, height) = metadata["input_px"], picture.size
-    resized = [int(metadata["resize_px"] * side / min(width, height)) for side in picture.size]
-    left, top = (round((side - px) / 2) for side in resized)
-    across, down = width / resized[0], height / resized[1]
-    box = (left * across, top * down, (left + px) * across, (top + px) * down)
-    box = (box[0], box[1], min(box[2], width), min(box[3], height))  # rounding of the last digit
-    pixels = np.asarray(picture.resize((px, px), Image.Resampling.BILINEAR, box=box), np.float32)
-    mean, std = (np.array(metadata[key], np.float32) for key in ("mean", "std"))
-    return ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None]
-
-
-def probabilities_of(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, which no size of logits overflows."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def content_of(event: Any) -> bytes:
@@ -205,8 +72,8 @@ def from_base64(text: str) -> bytes:
         content = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         refuse(400, "The picture is not valid base64.")
-    if len(content) > MAX_BYTES:
-        refuse(413, f"The picture has more than {MAX_BYTES / 1e6:.0f} MB.")
+    if len(content) > classifier.MAX_BYTES:
+        refuse(413, TOO_LARGE)
     return content
 
 
@@ -222,8 +89,8 @@ def from_bucket(key: str) -> bytes:
 
     try:
         found = boto3.client("s3").get_object(Bucket=bucket, Key=key)
-        if found["ContentLength"] > MAX_BYTES:
-            refuse(413, f"The picture has more than {MAX_BYTES / 1e6:.0f} MB.")
+        if found["ContentLength"] > classifier.MAX_BYTES:
+            refuse(413, TOO_LARGE)
         return found["Body"].read()
     except ClientError as error:
         # Without the right to list, S3 says "denied" where there is no such object.
@@ -240,25 +107,23 @@ def answer(status: int, content: dict[str, Any]) -> dict[str, Any]:
     return {"statusCode": status, "headers": headers, "body": json.dumps(content)}
 
 
-SESSION, METADATA = load_model(FOLDER)  # in the start of the function, which has a whole CPU
+# In the start of the function, which has a whole CPU. What is wrong with the export, Lambda logs.
+MEMORY_MB = int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", VCPU_MB))
+SESSION, EXPORT = classifier.load_export(FOLDER, threads=max(1, round(MEMORY_MB / VCPU_MB)))
 
 
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:
     """Answer one request."""
     started = time.perf_counter()
     try:
-        images = preprocess(open_picture(content_of(event)), METADATA)
+        picture = classifier.open_picture(content_of(event))
     except RefusedError as refused:
         return answer(refused.status, {"error": str(refused)})
-    (logits,) = SESSION.run(None, {"images": images})
-    probabilities = probabilities_of(logits[0])
+    images, _ = classifier.preprocess(picture, EXPORT)
+    (logits,) = SESSION.run(["logits"], {"images": images})
     predictions = [
-        {
-            "class": METADATA["classes"][index],
-            "label": METADATA["labels"][index],
-            "probability": float(probabilities[index]),
-        }
-        for index in np.argsort(-probabilities, kind="stable")[:TOP].tolist()
+        {"class": class_id, "label": label, "probability": probability}
+        for class_id, label, probability in classifier.likeliest(logits[0], EXPORT)
     ]
     time_ms = math.ceil(10 * 1e3 * (time.perf_counter() - started)) / 10
-    return answer(200, {"model": METADATA["name"], "predictions": predictions, "time_ms": time_ms})
+    return answer(200, {"model": EXPORT["name"], "predictions": predictions, "time_ms": time_ms})

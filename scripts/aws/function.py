@@ -3,11 +3,12 @@
     python3 scripts/aws/function.py deploy     make the function, or bring it up to date
     python3 scripts/aws/function.py remove     delete it and all that was made for it
 
-Reads `runs/NAME/export/model.onnx` and `model.json` (generate_trace_model.py --formats onnx) and
-lambda_deploy/. pip fetches the packages for Lambda's Python 3.13, whatever computer this is; they
-and the model go into a zip, by way of a bucket that is made for it, since Lambda takes no more than
-50 MB from a computer. Settings, --dry-run and --yes are those of cloud.py, whose tear-down leaves
-the function alone. Needs permissions for Lambda, IAM, S3, CloudWatch Logs and to list EC2's zones.
+Reads `runs/NAME/export/model.onnx` and `model.json` (generate_trace_model.py), lambda_deploy/ and
+gradio_deploy/classifier.py. pip fetches the packages for Lambda's Python 3.13, whatever computer
+this is; they and the model go into a zip, by way of a bucket that is made for it, since Lambda
+takes no more than 50 MB from a computer. Settings, --dry-run and --yes are those of cloud.py, whose
+tear-down leaves the function alone. Needs permissions for Lambda, IAM, S3, CloudWatch Logs and to
+list EC2's zones.
 
 Without --public only who has the account's credentials may call it (`aws lambda invoke`, or
 `curl --aws-sigv4`); with it everybody may, at the account's expense.
@@ -101,7 +102,7 @@ def find_export(options: Deploy) -> Path:
     name = options.name or latest_run(options.runs_folder)
     folder = Path(options.runs_folder) / name / "export"
     model, described = folder / "model.onnx", read_json(folder / "model.json")
-    advice = f"python3 generate_trace_model.py --name {name} --formats torchscript onnx"
+    advice = f"python3 generate_trace_model.py --name {name}"
     if described is None or "onnx" not in described["formats"] or not model.exists():
         raise UserError(f"no {model}: make it with {advice}")
     if hashlib.sha256(model.read_bytes()).hexdigest() != described["formats"]["onnx"]["sha256"]:
@@ -110,7 +111,7 @@ def find_export(options: Deploy) -> Path:
 
 
 def build_package(export: Path, folder: Path) -> Path:
-    """A zip of handler, model and packages, in `folder`; the same inputs give the same bytes.
+    """A zip of our code, model and packages, in `folder`; the same inputs give the same bytes.
 
     Raises UserError where pip fails, or Lambda would refuse the package for its size.
     """
@@ -133,7 +134,8 @@ def build_package(export: Path, folder: Path) -> Path:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    for file in (SOURCE / "handler.py", export / "model.onnx", export / "model.json"):
+    ours = (SOURCE / "handler.py", REPOSITORY / "gradio_deploy/classifier.py")
+    for file in (*ours, export / "model.onnx", export / "model.json"):
         shutil.copy(file, content)
     files = sorted(path for path in content.rglob("*") if path.is_file())
     unpacked_bytes = sum(path.stat().st_size for path in files)

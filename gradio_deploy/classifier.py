@@ -1,0 +1,257 @@
+"""What a trained classifier sees in a picture file, by ONNX Runtime: no PyTorch, no network.
+
+Shared by the web page (app.py), the AWS Lambda function (lambda_deploy/handler.py) and the command
+line (predict.py). It reads two of the files that `generate_trace_model.py` writes into a folder:
+`model.onnx`, and `model.json` with its SHA-256, labels, sizes, mean and standard deviation. A
+picture is prepared as in validation, to one grey level.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+MODEL_FORMAT = 1  # of model.json; the exporter counts it up when a key changes its meaning
+KEYS = (
+    *("name", "classes", "labels", "input_px", "resize_px", "mean", "std"),
+    *("weights", "epoch", "val_top1", "val_top5", "val_images", "formats"),
+)
+
+# What browsers and cameras make. Pillow's other readers are rarely tested with hostile files, and
+# one of them (EPS) starts a program of its own.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)  # AVIF may begin like the last two
+MAX_BYTES = 20 << 20
+MAX_PIXELS = 50_000_000  # a phone's 48 megapixels; transparent, with the model, it takes 1 GB
+MAX_ASPECT = 100  # a line of 1 x 60,000 px would fill 12 GB once its shorter side is enlarged
+MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of a whole picture
+
+# Pillow refuses at twice its limit; from the limit on it only warns.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+# Exif 2.32, tag 0x0112.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ExportError(Exception):
+    """The export's files are missing or do not belong together: a clause that says which."""
+
+
+class RefusedError(Exception):
+    """What is not answered: a sentence for who sent it, and the HTTP status that fits."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def load_export(
+    folder: Path, threads: int = 0, model_json_sha256: str = ""
+) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
+    """The model and its model.json, after a check that the files in `folder` belong together.
+
+    The model takes `images`, float32 (N, 3, input_px, input_px), and gives `logits`, float32
+    (N, classes). 0 threads: one for each CPU. A model_json_sha256 pins both files. Raises
+    ExportError.
+    """
+    description = folder / "model.json"
+    try:
+        content = description.read_bytes()
+        if model_json_sha256 and hashlib.sha256(content).hexdigest() != model_json_sha256.lower():
+            raise ExportError(f"{description} is not the one whose SHA-256 was given")
+        export = json.loads(content)
+    except OSError as error:
+        raise ExportError(unreadable(description, error)) from None
+    except ValueError as error:
+        raise ExportError(f"{description} is not JSON ({error})") from None
+    if not isinstance(export, dict) or export.get("format") != MODEL_FORMAT:
+        raise ExportError(f"{description} is not of format {MODEL_FORMAT}, which is read here")
+    if missing := [key for key in KEYS if key not in export]:
+        raise ExportError(f"{description} has no {', '.join(missing)}")
+    if "onnx" not in export["formats"]:
+        raise ExportError(f"{description} names no ONNX file")
+
+    described = export["formats"]["onnx"]
+    path = folder / described["file"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ExportError(unreadable(path, error)) from None
+    if hashlib.sha256(content).hexdigest() != described["sha256"]:
+        raise ExportError(f"{path} is not the file that model.json describes (its sha256 differs)")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or cpus()
+    # Its threads would otherwise burn the CPU for a while after each picture.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        shape = (1, 3, export["input_px"], export["input_px"])
+        (logits,) = session.run(["logits"], {"images": np.zeros(shape, np.float32)})
+    except Exception as error:  # ONNX Runtime has a class for each of its codes, and no base
+        raise ExportError(f"{path} does not run ({str(error).strip().splitlines()[-1]})") from None
+    if not logits.shape[1] == len(export["labels"]) == len(export["classes"]):
+        raise ExportError(
+            f"{path} has {logits.shape[1]} outputs, {description.name} has "
+            f"{len(export['labels'])} labels and {len(export['classes'])} classes"
+        )
+    return session, export
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """Why a file cannot be read."""
+    missing = isinstance(error, FileNotFoundError)
+    return f"{path} is missing" if missing else f"{path} cannot be read ({error.strerror})"
+
+
+def cpus() -> int:
+    """How many CPUs this process may use: of a container's share, not of its host's."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:  # version 2 of Linux's control groups, admin-guide/cgroup-v2.rst, cpu.max
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # another system, or no limit: "max"
+        return count or 1
+
+
+# ------------------------------------------------------------------------------ the picture
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """The first frame of a picture file as a person sees it: 8-bit RGB, upright, on white.
+
+    Raises RefusedError for what is no picture, damaged, too large, or of a rare format.
+    """
+    if not content:
+        raise RefusedError(400, "The picture is empty.")
+    if len(content) > MAX_BYTES:
+        raise RefusedError(413, f"The picture has more than {MAX_BYTES >> 20} MB.")
+    if HEIC.match(content) and b"avif" not in content[:64]:
+        raise RefusedError(
+            415,
+            "This is a HEIC photo, which is not read here: send it as a JPEG "
+            "(on an iPhone: Settings, Camera, Formats, Most Compatible).",
+        )
+    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise RefusedError(
+            422, "This JPEG has too many scans: save it again in a program for pictures."
+        )
+    try:
+        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise RefusedError(
+                    422, f"The picture is more than {MAX_ASPECT} times as long as wide."
+                )
+            image.load()
+            turn = exif_turn(image)
+            return as_rgb(image if turn is None else image.transpose(turn))
+    except RefusedError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise RefusedError(
+            415, "This is not a picture that can be read: send a JPEG, PNG or WebP file."
+        ) from None
+    except Image.DecompressionBombError:
+        raise RefusedError(
+            413, f"The picture has more than {MAX_PIXELS / 1e6:.0f} million pixels."
+        ) from None
+    except Exception:  # damage makes Pillow raise OSError, SyntaxError, ValueError, struct.error...
+        raise RefusedError(
+            422, "The picture is damaged or incomplete: send another copy of it."
+        ) from None
+
+
+def exif_turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings the picture upright, as its EXIF data says; data that is broken turns nothing."""
+    try:
+        return TURNS.get(image.getexif().get(0x0112))
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
+        return None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, transparency on white."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def preprocess(picture: Image.Image, export: dict[str, Any]) -> tuple[np.ndarray, Box]:
+    """RGB picture → the model's input, as in validation, and the box of the picture that it shows.
+
+    The shorter side becomes resize_px (bilinear, antialiased), the centre input_px are kept; only
+    what the crop shows is resized. The input is float32 (1, 3, input_px, input_px).
+    """
+    px, (width, height) = export["input_px"], picture.size
+    resized = [int(export["resize_px"] * side / min(width, height)) for side in picture.size]
+    left, top = (round((side - px) / 2) for side in resized)
+    across, down = width / resized[0], height / resized[1]
+    box = (left * across, top * down, (left + px) * across, (top + px) * down)
+    box = (box[0], box[1], min(box[2], width), min(box[3], height))  # rounding of the last digit
+    pixels = np.asarray(picture.resize((px, px), Image.Resampling.BILINEAR, box=box), np.float32)
+    mean, std = (np.array(export[key], np.float32) for key in ("mean", "std"))
+    return np.ascontiguousarray(((pixels / 255 - mean) / std).transpose(2, 0, 1)[None]), box
+
+
+# ------------------------------------------------------------------------------ the answer
+
+
+class Prediction(NamedTuple):
+    """One of the likeliest classes."""
+
+    class_id: str
+    label: str
+    probability: float
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, float32; no size of logits overflows."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def likeliest(logits: np.ndarray, export: dict[str, Any], count: int = 5) -> list[Prediction]:
+    """The `count` classes with the largest of the logits (classes,), the likeliest first."""
+    probabilities = softmax(logits)
+    return [
+        Prediction(export["classes"][index], export["labels"][index], float(probabilities[index]))
+        for index in np.argsort(-logits, kind="stable")[:count].tolist()
+    ]
+
+
+def class_names(export: dict[str, Any]) -> list[str]:
+    """A name for each output; labels that several classes share (crane) carry their class too."""
+    times = Counter(export["labels"])
+    return [
+        label if times[label] == 1 else f"{label} ({class_id})"
+        for label, class_id in zip(export["labels"], export["classes"], strict=True)
+    ]

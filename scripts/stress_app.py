@@ -8,7 +8,8 @@ Starts gradio_deploy/app.py, which needs an export beside it, and talks to it ov
 to leave the folder, and handmade requests, with good pictures in between, which must get the same
 answer each time. Everything else must get an answer or one sentence, without a traceback or a path
 of the server. `crowd` is a number of people who upload and ask without a pause; all that they may
-be told beside an answer is that the queue is full. Both report the app's peak memory.
+be told beside an answer is that the queue is full. Both report the app's peak memory; --output
+takes the figures with hardware and versions.
 """
 
 import contextlib
@@ -33,14 +34,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from utils import EXIT_FAILED, UserError, parse_options, run_stage
+from utils import (
+    EXIT_FAILED,
+    UserError,
+    describe_computer,
+    parse_options,
+    run_stage,
+    versions,
+    write_json,
+)
 
 START_LIMIT_S = 120
 ANSWER_LIMIT_S = 120
@@ -50,6 +59,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # What no answer may hold: a traceback, or what stands in the files that were asked for.
 LEAK = re.compile(r"Traceback|File \"|site-packages|root:x|import gradio|val_top1")
 FULL = "Queue is full"
+SETTINGS = {"hostile": ("count", "seed"), "crowd": ("clients", "seconds")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +78,8 @@ class StressOptions:
     """people at once"""
     seconds: float = 60
     """how long they keep asking"""
+    output: Path | None = None
+    """JSON file to write the figures into"""
 
 
 class App(NamedTuple):
@@ -289,10 +301,11 @@ def peak_bytes(app: App) -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def percentiles(seconds: list[float]) -> str:
-    """The median, the 95th percentile and the longest, to print."""
-    cuts = statistics.quantiles(seconds, n=20) if len(seconds) > 1 else [0.0] * 19
-    return f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s, longest {max(seconds):.2f} s"
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """The median, the 95th percentile and the longest."""
+    cuts = statistics.quantiles(seconds, n=20) if len(seconds) > 1 else seconds * 19
+    found = {"p50_s": cuts[9], "p95_s": cuts[18], "longest_s": max(seconds)}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def top_class(answer: Answer) -> str | None:
@@ -313,8 +326,11 @@ def wrong_with(answer: Answer, is_file: bool) -> str | None:
     return None
 
 
-def hostile(app: App, count: int, seed: int) -> list[str]:
-    """Send `count` hostile files and requests, print what came of it, give what went wrong."""
+Drill = tuple[dict[str, Any], list[str]]  # figures, and what went wrong
+
+
+def hostile(app: App, count: int, seed: int) -> Drill:
+    """Send `count` hostile files and requests, four at a time."""
     good = picture(random.Random(seed), "PNG")
     expected = top_class(classify(app, "good.png", good))
     if expected is None:
@@ -341,22 +357,22 @@ def hostile(app: App, count: int, seed: int) -> list[str]:
 
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(one, range(count)))
-    for outcome, times in sorted(Counter(outcome for outcome, _, _ in results).items()):
-        print(f"  {outcome}: {times}")
-    print(f"  {percentiles([seconds for _, seconds, _ in results])}, four at a time")
     peak = peak_bytes(app)
-    print(
-        f"  {count} in {time.perf_counter() - begun:.0f} s; peak memory {peak / 1e6:.0f} MB, "
-        f"{before / 1e6:.0f} MB of it before"
-    )
+    figures = {
+        "outcomes": dict(sorted(Counter(outcome for outcome, _, _ in results).items())),
+        "took_s": round(time.perf_counter() - begun, 1),
+        **percentiles([seconds for _, seconds, _ in results]),
+        "peak_mb": round(peak / 1e6),
+        "peak_before_mb": round(before / 1e6),
+    }
     problems = [f"{seed}/{i}: {problem}" for i, (_, _, problem) in enumerate(results) if problem]
     if peak > MAX_PEAK_BYTES:
         problems.append(f"peak memory {peak / 1e6:.0f} MB")
-    return problems
+    return figures, problems
 
 
-def crowd(app: App, clients: int, seconds: float) -> list[str]:
-    """Ask from `clients` threads for so long, print how it went, give what went wrong."""
+def crowd(app: App, clients: int, seconds: float) -> Drill:
+    """Ask from `clients` threads for so long."""
     end = time.perf_counter() + seconds
     answered: list[float] = []
     full: list[int] = []
@@ -388,14 +404,16 @@ def crowd(app: App, clients: int, seconds: float) -> list[str]:
         thread.join()
     took = time.perf_counter() - begun
     if not answered:
-        return [*problems, "nobody got an answer"]
-    print(
-        f"  {len(answered)} answers in {took:.0f} s, {len(answered) / took:.1f} a second, to "
-        f"{clients} people at once: {percentiles(answered)}\n"
-        f"  told {len(full)} times that the queue is full; "
-        f"peak memory {peak_bytes(app) / 1e6:.0f} MB"
-    )
-    return problems
+        return {}, [*problems, "nobody got an answer"]
+    figures = {
+        "answers": len(answered),
+        "took_s": round(took, 1),
+        "answers_per_s": round(len(answered) / took, 2),
+        **percentiles(answered),
+        "told_that_the_queue_is_full": len(full),
+        "peak_mb": round(peak_bytes(app) / 1e6),
+    }
+    return figures, problems
 
 
 # ------------------------------------------------------------------------------ the command
@@ -451,11 +469,26 @@ def main() -> None:
     """Start the app, send what was asked for, say what went wrong."""
     options = parse_options(StressOptions, __doc__)
     with start_app(Path(options.app_folder)) as app:
-        drill: Callable[[], list[str]] = {
+        drill: Callable[[], Drill] = {
             "hostile": lambda: hostile(app, options.count, options.seed),
             "crowd": lambda: crowd(app, options.clients, options.seconds),
         }[options.kind]
-        problems = drill()
+        figures, problems = drill()
+    for name, figure in figures.items():
+        print(f"  {name.replace('_', ' ')}: {figure}")
+    if options.output:
+        settings = {key: str(value) for key, value in dataclasses.asdict(options).items()}
+        packages = ("gradio", "onnxruntime")
+        write_json(
+            options.output,
+            {
+                "settings": {key: settings[key] for key in SETTINGS[options.kind]},
+                **figures,
+                "wrong": len(problems),
+                "hardware": describe_computer(),
+                "versions": versions(packages),
+            },
+        )
     for problem in problems[:20]:
         print(f"  WRONG {problem}")
     if problems:

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import queue
@@ -16,7 +15,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,10 @@ import pytest
 import torch
 from aws_emulator import Emulator, start_emulator
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
-from pictures import encode, jpeg, scene, turned
+from pictures import encode, jpeg, scene
 from PIL import Image
 from quick_aws import quick_aws
+from test_classifier import pictures
 
 import data
 import generate_trace_model
@@ -36,6 +35,7 @@ from model import ResNet50Wrapper
 from utils import MEAN, STD, Config
 
 CLASSES = 1000
+CODE = (REPOSITORY / "lambda_deploy/handler.py", REPOSITORY / "gradio_deploy/classifier.py")
 LAMBDA_START_S = 10  # how long Lambda lets a function start
 METADATA = {
     "format": 1,
@@ -70,7 +70,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         model.model.fc.weight *= scale
     export = generate_trace_model.as_onnx(model, METADATA["input_px"], METADATA)
     generate_trace_model.write_export(folder, {"onnx": export}, METADATA, [])
-    shutil.copy(REPOSITORY / "lambda_deploy/handler.py", folder)
+    for code in CODE:
+        shutil.copy(code, folder)
     for absent in ("torch", "torchvision", "cv2", "simplejpeg"):
         (folder / f"{absent}.py").write_text(f"raise ImportError('Lambda has no {absent}')\n")
     yield folder
@@ -172,27 +173,6 @@ def in_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def pictures() -> dict[str, bytes]:
-    """Pictures of every kind that is read in a way of its own."""
-    photo = scene(300, 400)
-    stored, exif = turned(photo, 6)
-    clear = photo.copy()
-    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
-    deep = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
-    return {
-        "wide": jpeg(photo),
-        "tall, subsampled": jpeg(scene(700, 320), subsampling="4:2:0"),
-        "small": jpeg(scene(60, 84)),
-        "grey": jpeg(photo.convert("L")),
-        "CMYK": encode(photo.convert("CMYK"), "JPEG"),
-        "turned": jpeg(stored, exif=exif),
-        "transparent": encode(clear, "PNG"),
-        "16 bits": encode(deep, "PNG"),
-        "palette": encode(photo.quantize(64), "GIF"),
-        "WebP": encode(photo, "WEBP"),
-    }
-
-
 def validation_pixels(content: bytes) -> np.ndarray:
     """What validation shows the model of a picture: uint8 (224, 224, 3)."""
     config = Config(val_px=METADATA["input_px"], val_resize_px=METADATA["resize_px"])
@@ -217,7 +197,7 @@ def test_its_answers_are_the_exported_models(
                 start_s = time.perf_counter() - began
             assert (status, answer["model"]) == (200, "tiny"), name
             images = data.normalize(torch.from_numpy(validation_pixels(content))[None])
-            (logits,) = session.run(None, {"images": images.contiguous().numpy()})
+            (logits,) = session.run(["logits"], {"images": images.contiguous().numpy()})
             expected = torch.from_numpy(logits[0]).softmax(dim=0)
             likeliest.add(int(expected.argmax()))
             top = answer["predictions"]
@@ -245,25 +225,6 @@ def test_its_answers_are_the_exported_models(
     with capsys.disabled():
         warm_ms = sorted(times_ms[1:])[len(times_ms) // 2]
         print(f"\nLambda: first answer after {start_s:.2f} s, then one in {warm_ms:.0f} ms")
-
-
-def test_it_prepares_pictures_as_validation_does(task: Path) -> None:
-    handler = load_handler(task)
-    mean, std = (np.array(METADATA[key]).reshape(3, 1, 1) for key in ("mean", "std"))
-    for name, content in pictures().items():
-        tensor = handler.preprocess(handler.open_picture(content), METADATA)
-        assert (tensor.dtype, tensor.shape) == (np.float32, (1, 3, 224, 224))
-        pixels = 255 * (tensor[0] * std + mean)
-        assert np.abs(pixels - validation_pixels(content).transpose(2, 0, 1)).max() < 1.01, name
-
-
-def load_handler(task: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("handler", task / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    largest = Image.MAX_IMAGE_PIXELS
-    spec.loader.exec_module(module)
-    Image.MAX_IMAGE_PIXELS = largest  # of the other tests
-    return module
 
 
 def test_bad_requests_get_a_sentence(task: Path) -> None:
@@ -344,7 +305,7 @@ def test_pictures_of_one_bucket(task: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused_at_the_start(task: Path, tmp_path: Path) -> None:
-    for name in ("handler.py", "model.json"):
+    for name in ("handler.py", "classifier.py", "model.json"):
         shutil.copy(task / name, tmp_path)
     content = bytearray((task / "model.onnx").read_bytes())
     content[len(content) // 2] ^= 1
@@ -453,7 +414,8 @@ def test_the_life_of_a_function(
     with zipfile.ZipFile(stored) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     assert content["model.onnx"] == b"the model"
-    assert content["handler.py"] == (REPOSITORY / "lambda_deploy/handler.py").read_bytes()
+    for code in CODE:
+        assert content[code.name] == code.read_bytes()
     modules = {"numpy/__init__.py", "onnxruntime/__init__.py", "pillow/__init__.py"}
     assert modules | {"model.json"} <= set(content)
     assert not [name for name in content if name.endswith(("/a.py", ".pyi"))]
@@ -519,7 +481,7 @@ def test_what_cannot_be_deployed(
     (export / "model.onnx").write_bytes(b"another")
     assert "is not the file that model.json describes" in command("deploy", code=2)
     (export / "model.onnx").unlink()
-    assert "--formats torchscript onnx" in command("deploy", code=2)
+    assert "python3 generate_trace_model.py --name first" in command("deploy", code=2)
     with open(export / "model.onnx", "wb") as file:
         file.truncate(250 * 2**20)
     with open(export / "model.onnx", "rb") as file:

@@ -26,6 +26,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -277,6 +278,11 @@ def main() -> None:
     """Export, compare, and write the files."""
     options = parse_options(DeploymentConfig, __doc__)
     formats = tuple(dict.fromkeys(options.formats))
+    links = {"card_url": options.card_url, "code_url": options.code_url}
+    links = {key: url for key, url in links.items() if url}
+    for key, url in links.items():
+        if not re.fullmatch(r"https?://[^\s()<>]+", url):
+            raise UserError(f"--{key.replace('_', '-')} {url!r} is no address: https://...")
     if not formats:
         raise UserError(f"no --formats: name one or several of {', '.join(EXPORTERS)}")
     name = options.name or latest_run(options.runs_folder)
@@ -317,6 +323,7 @@ def main() -> None:
         "weights": options.weights,
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         **accuracy,
+        **links,
     }
     exports: dict[str, Export] = {}
     for kind in formats:

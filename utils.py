@@ -224,6 +224,10 @@ class DeploymentConfig:
     """files to write: TorchScript, ONNX, torch.export's .pt2; app and AWS Lambda read ONNX"""
     examples: int = 6
     """validation images to check the export on and to offer in the app as examples"""
+    card_url: str = ""
+    """address of the model's card, which the app links to"""
+    code_url: str = ""
+    """address of the code that trained it, which the app links to"""
 
 
 # ------------------------------------------------------------------------------ command line

@@ -26,7 +26,7 @@ say "4/6 training"
 say "5/6 plots"
 "$python" plot_metrics.py --names quickstart
 
-say "6/6 TorchScript"
+say "6/6 TorchScript and ONNX"
 "$python" generate_trace_model.py --name quickstart
 
 cat <<'END'
@@ -38,11 +38,12 @@ Everything lies in runs/quickstart/:
   training_metrics.png  the curves
   checkpoints/          what a resumed run starts from
   best.pt, last.pt      weights under torchvision's names
-  export/               model.pt (TorchScript), model.json, examples/
+  export/               model.pt (TorchScript), model.onnx, model.json, examples/
 
 Next:
   source .venv/bin/activate
   python3 gradio_deploy/app.py          the app, on http://127.0.0.1:7860
+  python3 predict.py PHOTO              what it sees in a file of yours
 
   python3 scripts/prepare_data.py imagenette data/imagenette
   python3 trainer.py --name imagenette --train-folder-name data/imagenette/train \

@@ -181,15 +181,16 @@ def test_without_onnx_the_app_keeps_what_it_has(runs: Path, tmp_path: Path) -> N
     assert list(metadata["formats"]) == ["pt2"]
 
 
-def test_formats_that_cannot_be_written_are_told_first(
+def test_options_that_cannot_be_used_are_told_first(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for formats, said in (
-        ((), "no --formats: name one or several of torchscript, onnx, pt2"),
-        (("onnx", "tflite"), "tflite"),
+    for options, said in (
+        (("--formats",), "no --formats: name one or several of torchscript, onnx, pt2"),
+        (("--formats", "onnx", "tflite"), "tflite"),
+        (("--code-url", "javascript:alert(1)"), "--code-url 'javascript:alert.1.' is no address"),
     ):
         arguments = ["--runs-folder", str(runs), "--app-folder", str(tmp_path / "app")]
-        command = ["generate_trace_model.py", *arguments, "--formats", *formats]
+        command = ["generate_trace_model.py", *arguments, *options]
         monkeypatch.setattr("sys.argv", command)
         with pytest.raises(utils.UserError, match=said):
             generate_trace_model.main()
@@ -222,10 +223,14 @@ def test_other_formats_that_differ_are_refused_too(
 
 
 def test_the_last_weights_are_exported_when_asked_for(runs: Path, tmp_path: Path) -> None:
-    done = export(runs, tmp_path, "--name", "tiny", "--weights", "last", "--examples", "2")
+    done = export(
+        *(runs, tmp_path, "--name", "tiny", "--weights", "last", "--examples", "2"),
+        *("--card-url", "https://example.com/card"),
+    )
     assert done.returncode == 0, done.stderr
     metadata = json.loads((tmp_path / "app/model.json").read_text())
     assert (metadata["weights"], metadata["epoch"], metadata["val_top1"]) == ("last", 2, 30)
+    assert metadata["card_url"] == "https://example.com/card" and "code_url" not in metadata
     assert len(list((tmp_path / "app/examples").iterdir())) == 2
 
 

@@ -53,7 +53,8 @@ def check_result_and_files(checkout: Path) -> None:
     assert result["val_top1"] >= 97
     files = (
         *("config.json", "metrics.jsonl", "train.log", "lr_finder.json", "lr_finder.png"),
-        *("training_metrics.png", "best.pt", "last.pt", "export/model.pt", "export/model.json"),
+        *("training_metrics.png", "best.pt", "last.pt", "export/model.pt", "export/model.onnx"),
+        "export/model.json",
     )
     for file in files:
         assert (run / file).stat().st_size > 0, file

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def exported(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     formats = (read_json(folder / "model.json") or {"formats": {}})["formats"]
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if "torchscript" in formats:
+        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
         found["TorchScript"] = torch.jit.load(folder / "model.pt")
     if "pt2" in formats:
         found[".pt2"] = torch.export.load(folder / "model.pt2").module()
@@ -151,7 +153,7 @@ def main() -> None:
                 data.fill_val(config, image_files.encoded(content), 0, shown)
                 images = data.normalize(torch.from_numpy(shown)[None]).contiguous()
                 logits = model(images)[0]
-                expected = [classes[i] for i in logits.topk(TOP).indices.tolist()]
+                expected = [classes[i] for i in logits.argsort(descending=True)[:TOP]]
                 served, _ = classifier.preprocess(classifier.open_picture(content), export)
                 apart = 255 * np.abs(served[0] - images[0].numpy()) * std
                 grey_levels = max(grey_levels, float(apart.max()))
@@ -162,7 +164,7 @@ def main() -> None:
                 for kind, run in files.items():
                     found = run(images)[0]
                     differences[kind] = max(differences[kind], (found - logits).abs().max().item())
-                    answers[kind] = [classes[i] for i in found.topk(TOP).indices.tolist()]
+                    answers[kind] = [classes[i] for i in found.argsort(descending=True)[:TOP]]
                 (found,) = handler.SESSION.run(["logits"], {"images": served})
                 likeliest = classifier.likeliest(found[0], export, TOP)
                 answers["predict.py"] = [one.class_id for one in likeliest]

@@ -200,6 +200,8 @@ def test_only_what_differs_is_sent_and_what_is_stale_goes(
     gone = [".env", "examples/old.jpg", "model.pt"]
     assert at_hub.commits[1:] == [["examples/1.png", "examples/2.gif", *gone]]
     assert at_hub.repos[SPACE].keys() == {*FILES, "examples/2.gif", ".gitattributes"}
+    model = hashlib.sha256((app / "model.onnx").read_bytes()).hexdigest()
+    assert at_hub.requests.count(("PUT", f"/large/{model}")) == 1
 
 
 def test_a_new_space_that_got_nothing_gets_all_from_the_same_command(

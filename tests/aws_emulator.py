@@ -370,7 +370,10 @@ def read_call(environ: dict[str, Any]) -> dict[str, Any]:
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     environ["wsgi.input"] = io.BytesIO(body)
     target = environ.get("HTTP_X_AMZ_TARGET", "")
-    if target:  # JSON, as SSM and the quotas speak
+    if call["service"] == "lambda":  # REST, which names no action
+        call["action"] = read_lambda_action(environ)
+        call["params"] = json.loads(body or b"{}")
+    elif target:  # JSON, as SSM and the quotas speak
         call["action"] = target.rpartition(".")[2]
         call["params"] = json.loads(body or b"{}")
     else:  # a form, as EC2, IAM and STS speak
@@ -379,6 +382,24 @@ def read_call(environ: dict[str, Any]) -> dict[str, Any]:
         call["params"] = {key: value for key, value in form if key not in ("Action", "Version")}
         call["action"] = dict(form).get("Action", "")
     return call
+
+
+def read_lambda_action(environ: dict[str, Any]) -> str:
+    """Lambda's action, told from the method and the path: /2015-03-31/functions/NAME/KIND."""
+    kind = "/".join(environ.get("PATH_INFO", "").split("/")[4:])
+    things = {
+        "": "Function",
+        "code": "FunctionCode",
+        "configuration": "FunctionConfiguration",
+        "concurrency": "FunctionConcurrency",
+        "url": "FunctionUrlConfig",
+    }
+    method = environ["REQUEST_METHOD"]
+    if kind.startswith("policy"):
+        return {"POST": "AddPermission", "DELETE": "RemovePermission"}.get(method, "GetPolicy")
+    creates = method == "POST" or (kind == "concurrency" and method == "PUT")
+    verb = "Create" if creates else {"PUT": "Update", "DELETE": "Delete"}.get(method, "Get")
+    return verb + things.get(kind, kind)
 
 
 def read_s3_call(environ: dict[str, Any]) -> dict[str, Any]:
@@ -420,7 +441,7 @@ def error_of(service: str, fault: dict[str, Any]) -> tuple[str, str, str]:
     status = int(fault.get("status") or ERROR_STATUS.get(code, 400))
     line, request_id = f"{status} Refused", uuid.uuid4()
     what = f"<Code>{escape(code)}</Code><Message>{escape(message)}</Message>"
-    if service in ("ssm", "servicequotas"):
+    if service in ("ssm", "servicequotas", "logs", "lambda"):
         return line, "application/x-amz-json-1.1", json.dumps({"__type": code, "message": message})
     if service == "ec2":
         body = f"<Response><Errors><Error>{what}</Error></Errors><RequestID>{request_id}"

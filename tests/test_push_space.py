@@ -31,7 +31,7 @@ OTHERS = (
     *(".env", ".git/config", ".cache/huggingface/token", ".gradio/certificate.pem", "hf_token.txt"),
     *(".venv/lib/site.py", "__pycache__/app.cpython-311.pyc", ".ipynb_checkpoints/app.py"),
     *("app.log", "nohup.out", "model.pt", "model.pt2", "examples/.DS_Store", "key.pem"),
-    *("examples/__pycache__/x.pyc", "my_secrets.json"),
+    *("examples/__pycache__/x.pyc", "examples/._0.jpg", "my_secrets.json"),
 )
 
 
@@ -127,6 +127,8 @@ def test_gradio_deploy_sends_the_app_and_nothing_else(app: Path, hub: Hub, tmp_p
 
 
 def test_a_space_gets_the_app_and_nothing_else(app: Path, hub: Hub, tmp_path: Path) -> None:
+    for name in ("notes.txt", "examples/notes.txt"):  # of no name that tells what it is
+        (app / name).write_text(SECRET)
     command = ("scripts/push_space.py", "user/digits", "--app-folder", app)
     done = run_stage_command(*command, "--dry-run", env=environment(hub.url, tmp_path, ""))
     assert (done.returncode, done.stderr) == (0, "")
@@ -202,6 +204,10 @@ def test_only_what_differs_is_sent_and_what_is_stale_goes(
     assert at_hub.repos[SPACE].keys() == {*FILES, "examples/2.gif", ".gitattributes"}
     model = hashlib.sha256((app / "model.onnx").read_bytes()).hexdigest()
     assert at_hub.requests.count(("PUT", f"/large/{model}")) == 1
+
+    at_hub.repos[SPACE]["model.pt"] = b"old"
+    push(*to, "--yes")
+    assert at_hub.commits[2:] == [["model.pt"]] and "model.pt" not in at_hub.repos[SPACE]
 
 
 def test_a_new_space_that_got_nothing_gets_all_from_the_same_command(

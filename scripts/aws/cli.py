@@ -30,7 +30,8 @@ ADVICE = {
     "UnauthorizedOperation": "these credentials lack a permission: attach AmazonEC2FullAccess",
     "AccessDenied": "these credentials lack a permission for it",
     "AccessDeniedException": (
-        "these credentials lack a permission for it: attach AmazonSSMReadOnlyAccess"
+        "these credentials lack a permission for it: attach AmazonSSMReadOnlyAccess, or for a "
+        "function AWSLambda_FullAccess and CloudWatchLogsFullAccess"
     ),
     "AuthFailure": "AWS does not know these credentials, or not in that region: aws configure",
     "InvalidClientTokenId": "AWS does not know these credentials: aws configure",

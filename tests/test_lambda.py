@@ -1,0 +1,537 @@
+"""The Lambda function, under AWS's own runtime client, and what brings it to AWS."""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import importlib.util
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from aws_emulator import Emulator, start_emulator
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
+from pictures import encode, jpeg, scene, turned
+from PIL import Image
+from quick_aws import quick_aws
+
+import data
+import generate_trace_model
+import image_files
+from model import ResNet50Wrapper
+from utils import MEAN, STD, Config
+
+CLASSES = 1000
+LAMBDA_START_S = 10  # how long Lambda lets a function start
+METADATA = {
+    "format": 1,
+    "name": "tiny",
+    "classes": [f"n{number:08d}" for number in range(CLASSES)],
+    "labels": [f"label {number}" for number in range(CLASSES)],
+    "input_px": 224,
+    "resize_px": 256,
+    "mean": list(MEAN),
+    "std": list(STD),
+    "resize_rule": generate_trace_model.RESIZE_RULE,
+    "weights": "best",
+    "weights_sha256": "0" * 64,
+    "epoch": 1,
+    "val_top1": 50.0,
+    "val_top5": 100.0,
+    "val_images": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What Lambda unpacks: the handler and a ResNet-50 as the export stage leaves it."""
+    folder = tmp_path_factory.mktemp("task")
+    torch.manual_seed(0)
+    model = ResNet50Wrapper(CLASSES).eval()
+    shown = torch.stack([torch.from_numpy(validation_pixels(c)) for c in pictures().values()])
+    with torch.no_grad():  # so that pictures, and mix-ups, differ in their likeliest classes
+        logits = model(data.normalize(shown))
+        scale = 2 / logits.std(dim=0).mean()
+        model.model.fc.bias.copy_(scale * (model.model.fc.bias - logits.mean(dim=0)))
+        model.model.fc.weight *= scale
+    export = generate_trace_model.as_onnx(model, METADATA["input_px"], METADATA)
+    generate_trace_model.write_export(folder, {"onnx": export}, METADATA, [])
+    shutil.copy(REPOSITORY / "lambda_deploy/handler.py", folder)
+    for absent in ("torch", "torchvision", "cv2", "simplejpeg"):
+        (folder / f"{absent}.py").write_text(f"raise ImportError('Lambda has no {absent}')\n")
+    yield folder
+    shutil.rmtree(folder)
+
+
+class Runtime:
+    """Lambda's runtime API on loopback, with the function that asks it for events."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"127.0.0.1:{port}"
+        self.events: queue.Queue[Any] = queue.Queue()
+        self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+    def ask(self, event: Any) -> tuple[int, dict[str, Any]]:
+        """Status and content of the answer to an event."""
+        self.events.put(event)
+        path, answer = self.answers.get(timeout=20)
+        assert path.endswith("/response"), (path, answer)
+        assert answer["headers"]["content-type"] == "application/json"
+        return answer["statusCode"], json.loads(answer["body"])
+
+
+@contextlib.contextmanager
+def started(task: Path, **variables: str) -> Iterator[Runtime]:
+    """The function under awslambdaric, from when its process starts."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            event = json.dumps(runtime.events.get()).encode()
+            self.send_response(200)
+            self.send_header("Lambda-Runtime-Aws-Request-Id", "request-1")
+            self.send_header("Lambda-Runtime-Deadline-Ms", str(int(1e3 * (time.time() + 30))))
+            self.send_header("Lambda-Runtime-Invoked-Function-Arn", "arn:aws:lambda:f")
+            self.send_header("Content-Type", "application/json")  # without it the client crashes
+            self.send_header("Content-Length", str(len(event)))
+            self.end_headers()
+            self.wfile.write(event)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            runtime.answers.put((self.path, json.loads(body)))
+            self.send_response(202)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    runtime = Runtime(server.server_port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    bare = {key: value for key, value in COMMAND_ENVIRONMENT.items() if not key.startswith("AWS_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "awslambdaric", "handler.handler"],
+        cwd=task,
+        env={
+            **bare,
+            "AWS_LAMBDA_RUNTIME_API": runtime.address,
+            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1769",
+            "LAMBDA_TASK_ROOT": str(task),
+            # In Lambda, nothing is compiled yet, and nothing can be kept.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPYCACHEPREFIX": str(task / "no cache"),
+            **variables,
+        },
+    )
+    try:
+        yield runtime
+    finally:
+        process.kill()
+        process.wait()
+        server.shutdown()
+        server.server_close()
+
+
+def post(body: str | bytes, method: str = "POST", kind: str = "image/jpeg") -> dict[str, Any]:
+    """An event as a function URL makes it: payload format 2.0, bytes in base64."""
+    in_base64 = isinstance(body, bytes)
+    return {
+        "version": "2.0",
+        "rawPath": "/",
+        "rawQueryString": "",
+        "headers": {"content-type": kind, "host": "abc.lambda-url.us-east-1.on.aws"},
+        "requestContext": {"http": {"method": method, "path": "/", "sourceIp": "192.0.2.1"}},
+        "body": base64.b64encode(body).decode() if in_base64 else body,
+        "isBase64Encoded": in_base64,
+    }
+
+
+def in_json(**fields: Any) -> dict[str, Any]:
+    return post(json.dumps(fields), kind="application/json")
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def pictures() -> dict[str, bytes]:
+    """Pictures of every kind that is read in a way of its own."""
+    photo = scene(300, 400)
+    stored, exif = turned(photo, 6)
+    clear = photo.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(photo.size))
+    deep = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    return {
+        "wide": jpeg(photo),
+        "tall, subsampled": jpeg(scene(700, 320), subsampling="4:2:0"),
+        "small": jpeg(scene(60, 84)),
+        "grey": jpeg(photo.convert("L")),
+        "CMYK": encode(photo.convert("CMYK"), "JPEG"),
+        "turned": jpeg(stored, exif=exif),
+        "transparent": encode(clear, "PNG"),
+        "16 bits": encode(deep, "PNG"),
+        "palette": encode(photo.quantize(64), "GIF"),
+        "WebP": encode(photo, "WEBP"),
+    }
+
+
+def validation_pixels(content: bytes) -> np.ndarray:
+    """What validation shows the model of a picture: uint8 (224, 224, 3)."""
+    config = Config(val_px=METADATA["input_px"], val_resize_px=METADATA["resize_px"])
+    out = np.empty((config.val_px, config.val_px, 3), np.uint8)
+    data.fill_val(config, image_files.encoded(content), 0, out)
+    return out
+
+
+def test_its_answers_are_the_exported_models(
+    task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = onnxruntime.InferenceSession(task / "model.onnx", providers=["CPUExecutionProvider"])
+    likeliest = set()
+    with started(task) as runtime:
+        began = time.perf_counter()
+        times_ms = []
+        for name, content in pictures().items():
+            asked = time.perf_counter()
+            status, answer = runtime.ask(post(content))
+            times_ms.append(1e3 * (time.perf_counter() - asked))
+            if len(times_ms) == 1:
+                start_s = time.perf_counter() - began
+            assert (status, answer["model"]) == (200, "tiny"), name
+            images = data.normalize(torch.from_numpy(validation_pixels(content))[None])
+            (logits,) = session.run(None, {"images": images.contiguous().numpy()})
+            expected = torch.from_numpy(logits[0]).softmax(dim=0)
+            likeliest.add(int(expected.argmax()))
+            top = answer["predictions"]
+            assert len(top) == 5
+            for prediction, best in zip(top, expected.topk(5).values.tolist(), strict=True):
+                index = METADATA["classes"].index(prediction["class"])
+                assert prediction["label"] == METADATA["labels"][index]
+                # Pillow and validation's decoder differ by up to one grey level.
+                assert prediction["probability"] == pytest.approx(
+                    expected[index].item(), rel=0.03
+                ), name
+                assert prediction["probability"] == pytest.approx(best, rel=0.03), name
+            assert 0 < answer["time_ms"] <= times_ms[-1] + 1
+        wide = pictures()["wide"]
+        expected = runtime.ask(post(wide))[1]["predictions"]
+        wrapped = base64.encodebytes(wide).decode()  # in lines, as the command base64 prints it
+        for event in (
+            in_json(image=in_base64(wide)),
+            post(json.dumps({"image": wrapped}).encode()),
+            {"image": in_base64(wide)},
+        ):
+            assert runtime.ask(event)[1]["predictions"] == expected
+    assert len(likeliest) > 1
+    assert start_s < LAMBDA_START_S
+    with capsys.disabled():
+        warm_ms = sorted(times_ms[1:])[len(times_ms) // 2]
+        print(f"\nLambda: first answer after {start_s:.2f} s, then one in {warm_ms:.0f} ms")
+
+
+def test_it_prepares_pictures_as_validation_does(task: Path) -> None:
+    handler = load_handler(task)
+    mean, std = (np.array(METADATA[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    for name, content in pictures().items():
+        tensor = handler.preprocess(handler.open_picture(content), METADATA)
+        assert (tensor.dtype, tensor.shape) == (np.float32, (1, 3, 224, 224))
+        pixels = 255 * (tensor[0] * std + mean)
+        assert np.abs(pixels - validation_pixels(content).transpose(2, 0, 1)).max() < 1.01, name
+
+
+def load_handler(task: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("handler", task / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    largest = Image.MAX_IMAGE_PIXELS
+    spec.loader.exec_module(module)
+    Image.MAX_IMAGE_PIXELS = largest  # of the other tests
+    return module
+
+
+def test_bad_requests_get_a_sentence(task: Path) -> None:
+    photo = jpeg(scene(120, 160))
+    bomb = encode(Image.new("1", (10_000, 5_001)), "PNG")
+    line = encode(Image.new("L", (5000, 1)), "PNG")
+    scans = photo[:2] + b"\xff\xda" * 65 + photo[2:]
+    cases = [
+        (post(photo, "GET"), 405, "Send a picture with POST."),
+        (post(photo, "PUT"), 405, "Send a picture with POST."),
+        (post(b""), 400, "There is no picture"),
+        ({**post(photo), "body": None}, 400, "There is no picture"),
+        (post("  \n"), 400, "There is no picture"),
+        (post("{no json"), 400, "not valid JSON"),
+        (post('{"a":' * 100_000), 400, "not valid JSON"),
+        (in_json(), 400, 'JSON must have either "image"'),
+        (in_json(image=7), 400, 'JSON must have either "image"'),
+        (in_json(image="", s3_key="a"), 400, 'JSON must have either "image"'),
+        (in_json(image="äöü"), 400, "not valid base64"),
+        (in_json(image="abc"), 400, "not valid base64"),
+        (in_json(image=""), 400, "The picture is empty."),
+        (in_json(image="A" * 26_700_000), 413, "more than 20 MB"),
+        (in_json(s3_key="a.jpg"), 400, "reads no bucket"),
+        (post("hello"), 415, "not a picture that can be read"),
+        (post("\ud800"), 415, "not a picture that can be read"),
+        (post(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 415, "not a picture"),
+        (post(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), 415, "HEIC"),
+        (post(photo[: len(photo) // 2]), 422, "damaged or incomplete"),
+        (post(bomb), 413, "more than 50 million pixels"),
+        (post(line), 422, "100 times as long as wide"),
+        (post(scans), 422, "too many scans"),
+        ({}, 400, 'JSON must have either "image"'),
+        ("hello", 400, 'JSON must have either "image"'),
+        (None, 400, 'JSON must have either "image"'),
+    ]
+    with started(task) as runtime:
+        for event, status, words in cases:
+            found, answer = runtime.ask(event)
+            assert (found, list(answer)) == (status, ["error"]), (words, answer)
+            assert words in answer["error"]
+            assert "\n" not in answer["error"]
+        assert runtime.ask(post(photo))[0] == 200
+
+
+def test_pictures_of_one_bucket(task: Path, tmp_path: Path) -> None:
+    photo = jpeg(scene(120, 160))
+    with start_emulator(tmp_path) as emulator:
+        url = emulator.environment["AWS_ENDPOINT_URL"]
+        variables = {
+            key: value for key, value in emulator.environment.items() if key.startswith("AWS_")
+        }
+        import boto3
+
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id="AKIAtestonly",
+            aws_secret_access_key="wJalrXUtnFEMIsecret",
+        )
+        for bucket in ("mine", "other"):
+            s3.create_bucket(Bucket=bucket)
+        s3.put_object(Bucket="mine", Key="holiday/1 ü.jpg", Body=photo)
+        s3.put_object(Bucket="mine", Key="large", Body=b"\0" * 20_000_001)
+        s3.put_object(Bucket="other", Key="secret.jpg", Body=photo)
+        with started(task, **variables, IMAGE_BUCKET="mine") as runtime:
+            _, expected = runtime.ask(post(photo))
+            status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
+            assert (status, answer["predictions"]) == (200, expected["predictions"])
+            for key in ("nothing", "../other/secret.jpg", "secret.jpg"):
+                assert runtime.ask(in_json(s3_key=key))[0] == 404
+            assert runtime.ask(in_json(s3_key="large"))[0] == 413
+            for key in ("", "a" * 1025):
+                assert runtime.ask(in_json(s3_key=key))[0] == 400
+            emulator.fail("GetObject", "AccessDenied")
+            status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
+            assert (status, "may not read it" in answer["error"]) == (404, True)
+
+
+def test_another_model_is_refused_at_the_start(task: Path, tmp_path: Path) -> None:
+    for name in ("handler.py", "model.json"):
+        shutil.copy(task / name, tmp_path)
+    content = bytearray((task / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.onnx").write_bytes(content)
+    with started(tmp_path) as runtime:
+        path, answer = runtime.answers.get(timeout=20)
+    assert path.endswith("/runtime/init/error")
+    assert "model.onnx is not the file that model.json describes" in answer["errorMessage"]
+
+
+# ------------------------------------------------------------------------------ to AWS and back
+
+
+@pytest.fixture
+def emulator(tmp_path: Path) -> Iterator[Emulator]:
+    """An empty account, and packages that pip can fetch without a network."""
+    (tmp_path / "aws").mkdir()
+    with start_emulator(tmp_path) as one, quick_aws(tmp_path / "aws") as path:
+        one.environment["AWS_MAX_ATTEMPTS"] = "1"
+        one.environment["PATH"] = f"{path}{os.pathsep}{one.environment['PATH']}"
+        one.environment["PIP_NO_INDEX"] = "1"
+        one.environment["PIP_FIND_LINKS"] = str(tmp_path / "wheels")
+        yield one
+
+
+@pytest.fixture
+def command(emulator: Emulator, tmp_path: Path) -> Callable[..., str]:
+    """scripts/aws/function.py in that account; its output, stderr where it must fail."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    make_wheel(wheels, "onnxruntime", "1.99.0", "cp313-cp313-manylinux_2_28_x86_64", "tools/a.py")
+    make_wheel(wheels, "numpy", "2.99.0", "cp313-cp313-manylinux_2_27_x86_64", "core/tests/a.py")
+    make_wheel(wheels, "pillow", "12.99.0", "cp313-cp313-manylinux_2_28_x86_64", "a.pyi")
+    export = tmp_path / "runs/first/export"
+    export.mkdir(parents=True)
+    write_model(export, b"the model")
+
+    def run(*arguments: object, code: int = 0) -> str:
+        runs = ("--name", "first", "--runs-folder", tmp_path / "runs")
+        runs = runs if arguments[0] == "deploy" else ()
+        done = run_stage_command(
+            "scripts/aws/function.py", *arguments, *runs, env=emulator.environment
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
+
+    return run
+
+
+def make_wheel(folder: Path, name: str, version: str, tag: str, extra: str) -> None:
+    """A wheel with a module, and with a file that Lambda needs nothing of."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}/__init__.py": f"'''{name}'''\n",
+        f"{name}/{extra}": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as wheel:
+        for path, content in {**files, f"{info}/RECORD": record}.items():
+            wheel.writestr(path, content)
+
+
+def write_model(export: Path, content: bytes) -> None:
+    (export / "model.onnx").write_bytes(content)
+    described = {"onnx": {"sha256": hashlib.sha256(content).hexdigest()}}
+    (export / "model.json").write_text(json.dumps({**METADATA, "formats": described}))
+
+
+def aws(emulator: Emulator, *arguments: str) -> Any:
+    done = subprocess.run(
+        ["aws", *arguments], env=emulator.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout or "null")
+
+
+def changes(emulator: Emulator) -> list[str]:
+    """What was changed since the last look."""
+    reading = ("Describe", "Get", "List", "Head")
+    actions = [call["action"] for call in emulator.calls()]
+    emulator.clear()
+    return [action for action in actions if not action.startswith(reading)]
+
+
+NAME = ("--function-name", "resnet50-imagenet")
+
+
+def test_the_life_of_a_function(
+    emulator: Emulator, command: Callable[..., str], tmp_path: Path
+) -> None:
+    shown = command("deploy", "--dry-run", "--public")
+    assert "lambda create-function" in shown
+    assert changes(emulator) == []
+
+    # Broken off where the package lies in the bucket: the same command goes on.
+    emulator.fail("CreateFunction", "AccessDeniedException")
+    assert "lack a permission" in command("deploy", "--yes", code=2)
+    (bucket,) = aws(emulator, "s3api", "list-buckets")["Buckets"]
+    stored = tmp_path / "stored.zip"
+    aws(
+        emulator, "s3api", "get-object", "--bucket", bucket["Name"], "--key", "function.zip",
+        str(stored),
+    )  # fmt: skip
+    with zipfile.ZipFile(stored) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    assert content["model.onnx"] == b"the model"
+    assert content["handler.py"] == (REPOSITORY / "lambda_deploy/handler.py").read_bytes()
+    modules = {"numpy/__init__.py", "onnxruntime/__init__.py", "pillow/__init__.py"}
+    assert modules | {"model.json"} <= set(content)
+    assert not [name for name in content if name.endswith(("/a.py", ".pyi"))]
+
+    changes(emulator)
+    late = "The role defined for the function cannot be assumed by Lambda."
+    emulator.fail("CreateFunction", "InvalidParameterValueException", late)
+    shown = command("deploy", "--yes", "--image-bucket", "photos")
+    assert "Lambda does not know the role yet" in shown
+    assert changes(emulator) == [
+        *("PutRolePolicy", "PutObject", "CreateFunction", "CreateFunction", "DeleteObject"),
+        "CreateFunctionUrlConfig",
+    ]
+    function = aws(emulator, "lambda", "get-function", *NAME)
+    has = function["Configuration"]
+    assert (has["Runtime"], has["Handler"]) == ("python3.13", "handler.handler")
+    assert (has["MemorySize"], has["Timeout"]) == (1769, 30)
+    assert has["Environment"]["Variables"] == {"IMAGE_BUCKET": "photos"}
+    assert has["CodeSha256"] == in_base64(hashlib.sha256(stored.read_bytes()).digest())
+    url = aws(emulator, "lambda", "get-function-url-config", *NAME)
+    assert (url["AuthType"], url["FunctionUrl"] in shown) == ("AWS_IAM", True)
+    policy = aws(
+        emulator, "iam", "get-role-policy", "--role-name", "resnet50-imagenet-lambda",
+        "--policy-name", "function",
+    )["PolicyDocument"]  # fmt: skip
+    assert [(one["Action"], one["Resource"].rpartition(":")[2]) for one in policy["Statement"]] == [
+        (["logs:CreateLogStream", "logs:PutLogEvents"], "*"),
+        ("s3:GetObject", "photos/*"),
+    ]
+
+    changes(emulator)
+    command("deploy", "--yes", "--image-bucket", "photos")
+    assert changes(emulator) == []
+    write_model(tmp_path / "runs/first/export", b"a better one")
+    command("deploy", "--yes", "--public", "--memory-mb", 3538, "--max-concurrency", 5)
+    assert changes(emulator) == [
+        *("PutRolePolicy", "PutObject", "UpdateFunctionCode", "DeleteObject"),
+        *("UpdateFunctionConfiguration", "CreateFunctionConcurrency"),
+        *("AddPermission", "AddPermission", "UpdateFunctionUrlConfig"),
+    ]
+    assert aws(emulator, "lambda", "get-function-url-config", *NAME)["AuthType"] == "NONE"
+    command("deploy", "--yes")
+    assert changes(emulator) == [
+        *("UpdateFunctionConfiguration", "DeleteFunctionConcurrency"),
+        *("RemovePermission", "RemovePermission", "UpdateFunctionUrlConfig"),
+    ]
+
+    assert "deletes:" in command("remove", "--dry-run")
+    assert "nobody is there to ask" in command("remove", code=2)
+    assert changes(emulator) == []
+    assert command("remove", "--yes").endswith("all gone\n")
+    assert aws(emulator, "lambda", "list-functions")["Functions"] == []
+    assert aws(emulator, "iam", "list-roles")["Roles"] == []
+    assert aws(emulator, "s3api", "list-buckets")["Buckets"] == []
+    assert aws(emulator, "logs", "describe-log-groups")["logGroups"] == []
+    assert "there is no function" in command("remove", "--yes")
+
+
+def test_what_cannot_be_deployed(
+    emulator: Emulator, command: Callable[..., str], tmp_path: Path
+) -> None:
+    export = tmp_path / "runs/first/export"
+    (export / "model.onnx").write_bytes(b"another")
+    assert "is not the file that model.json describes" in command("deploy", code=2)
+    (export / "model.onnx").unlink()
+    assert "--formats torchscript onnx" in command("deploy", code=2)
+    with open(export / "model.onnx", "wb") as file:
+        file.truncate(250 * 2**20)
+    with open(export / "model.onnx", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    (export / "model.json").write_text(json.dumps({"formats": {"onnx": {"sha256": digest}}}))
+    assert "deploy a container image" in command("deploy", code=2)
+    write_model(export, b"the model")
+    (tmp_path / "wheels").rename(tmp_path / "elsewhere")
+    assert "pip cannot fetch the packages" in command("deploy", code=2)
+    aws(
+        emulator, "iam", "create-role", "--role-name", "resnet50-imagenet-lambda",
+        "--assume-role-policy-document", "{}",
+    )  # fmt: skip
+    assert "without the tag resnet50-project" in command("remove", code=2)
+    assert changes(emulator) == ["CreateRole"]

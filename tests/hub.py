@@ -16,7 +16,7 @@ COMMIT = "0" * 40
 
 def is_large(path: str) -> bool:
     """Whether a file is kept beside git; the real hub goes by content and .gitattributes too."""
-    return path.endswith((".safetensors", ".png", ".jpg", ".onnx", ".pt"))
+    return path.endswith((".safetensors", ".png", ".jpg", ".onnx"))
 
 
 def blob(path: str, content: bytes) -> dict[str, Any]:
@@ -183,7 +183,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def commit(self, repo: str, body: bytes) -> None:
-        files, changed = dict(self.server.repos[repo]), []
+        there, changed = self.server.repos[repo], []
+        files = dict(there)
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -195,7 +196,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                 self.answer(404, missing, {"X-Error-Code": "EntryNotFound"})
                 return
             changed += [value["path"]] if "path" in value else []
-        self.server.repos[repo] = files
+        there.clear()  # all of it or nothing
+        there.update(files)
         self.server.commits.append(changed)
         url = f"{self.server.url}/{repo.removeprefix('models/')}/commit/{COMMIT}"
         self.answer(200, {"commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})

@@ -214,7 +214,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tree/main/(.*)", path):
             self.list_folder(*found.groups())
         elif (
-            found := re.fullmatch(rf"/api/(\w+/[^/]+/[^/]+)(/revision/{COMMIT})?", path)
+            found := re.fullmatch(rf"/api/(\w+/[^/]+/[^/]+)(/revision/(main|{COMMIT}))?", path)
         ) and self.has(found[1]):
             name = found[1].partition("/")[2]
             siblings = [

@@ -16,18 +16,16 @@ sessions.jsonl. The repo, which is made if it is not there, gets in one commit:
 
 The token is the one of `hf auth login`, or HF_TOKEN; it has to be allowed to write. A repo that
 has files already is asked about first (--yes does not ask), and the visibility of a repo that is
-there is never changed. What fails leaves the repo's files as they were.
+there is never changed. Files that the repo has as they are here are not sent again. What fails
+leaves the repo's files as they were.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,14 +35,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import cost_report
+import pushing
 
-import mirror
 import sessions
 from generate_trace_model import human_names, is_wordnet_id, measured_accuracy
 from model import load_weights
 from plot_metrics import draw, read_curves
 from utils import (
-    EXIT_FAILED,
     MEAN,
     RECIPES,
     RESULT_SETTINGS,
@@ -61,7 +58,6 @@ from utils import (
 )
 
 IMAGENET_IMAGES = 1_281_167, 50_000  # of training and of validation
-NO_FILES = {".gitattributes"}  # what a hub puts into every new repo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,110 +328,15 @@ def limits_section(classes: list[str]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------ the hub
-
-
-@contextlib.contextmanager
-def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[None]:
-    """Turn what a hub or the way to it does into a UserError, without its own text.
-
-    Addresses that are signed may stand in that.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as raised:  # httpx's, huggingface_hub's, hf_xet's and the system's
-        # Of a large file's upload the hub's answer is only the cause.
-        error = raised.__cause__ if isinstance(raised.__cause__, Exception) else raised
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        advice = {
-            401: "the hub does not know this token: give `hf auth login` or HF_TOKEN a new one",
-            403: f"this token may not write to {repo}: make one that may, at "
-            "https://huggingface.co/settings/tokens, or name another repo",
-        }.get(
-            status,
-            f"the hub is out of reach or out of order ({mirror.in_words(error)}): try the same "
-            "command again later",
-        )
-        raise UserError(f"{advice}; {done_so_far}", EXIT_FAILED) from None
-
-
-def push(files: dict[str, bytes], options: PushOptions) -> str:
-    """Put the files into the repo in one commit; returns the repo's address.
-
-    Raises UserError, with the repo's files as they were.
-    """
-    hub, repo = mirror.quiet_hub(), options.repo
-    if hub.get_token() is None:
-        raise UserError(
-            "no token: give `hf auth login` one that may write, or set HF_TOKEN; they are made at "
-            "https://huggingface.co/settings/tokens"
-        )
-    api, owner = hub.HfApi(), repo.partition("/")[0]
-    with hub_errors(repo):
-        person = api.whoami()
-    owners = [person["name"], *(group["name"] for group in person.get("orgs", ()))]
-    if owner not in owners:
-        raise UserError(
-            f"{repo} belongs to {owner}, and this token to {person['name']}: name a repo of "
-            f"{' or '.join(owners)}"
-        )
-    if person.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(
-            "this token may only read: make one that may write, at "
-            "https://huggingface.co/settings/tokens"
-        )
-    is_new = False
-    with hub_errors(repo):
-        try:
-            found = api.model_info(repo)
-        except hub.errors.RepositoryNotFoundError:
-            is_new = True
-    if not is_new:
-        check_overwriting(files, found, options)
-    done = f"{repo} is as it was"
-    if is_new:
-        with hub_errors(repo):
-            api.create_repo(repo, private=not options.public)
-        done = f"the new repo {repo} is empty"
-    with hub_errors(repo, done):
-        operations = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
-        message = f"ResNet-50, run {options.folder.resolve().name}"
-        commit = api.create_commit(repo, operations, commit_message=message)
-    return commit.commit_url.partition("/commit/")[0]
-
-
-def check_overwriting(files: dict[str, bytes], found: Any, options: PushOptions) -> None:
-    """Ask before the files of a repo are changed; raises UserError if they are not to be."""
-    if not found.private and not options.public:
-        raise UserError(
-            f"{options.repo} is public: give --public, or name another repo; nothing was sent"
-        )
-    there = {file.rfilename for file in found.siblings or ()} - NO_FILES
-    if not there or options.yes:
-        return
-    replaced, kept = sorted(there & set(files)), sorted(there - set(files))
-    shown = [f"replaced: {', '.join(replaced)}"] * bool(replaced)
-    shown += [f"left: {', '.join(kept)}"] * bool(kept)
-    question = f"{options.repo} has files already ({'; '.join(shown)})"
-    if not sys.stdin.isatty():
-        raise UserError(f"{question}: give --yes to go on; nothing was sent")
-    if input(f"{question}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("nothing was sent")
-
-
 # ------------------------------------------------------------------------------ the command
 
 
 def main() -> None:
     """Make the files, list them, and send them."""
     options = parse_options(PushOptions, __doc__)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
-        raise UserError(f"{options.repo!r} is no name for a repo: write USER/REPO")
+    pushing.check_repo(options.repo)
     files = make_files(options.folder, options.repo, options.weights)
-    for name, content in files.items():
-        print(f"{len(content):>12,} bytes  {name}")
+    pushing.list_files(files)
     if options.to:
         options.to.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -444,7 +345,8 @@ def main() -> None:
     if options.dry_run:
         print(f"dry run: nothing was sent to {options.repo}")
         return
-    print(f"sent to {push(files, options)}")
+    message = f"ResNet-50, run {options.folder.resolve().name}"
+    print(pushing.push(files, options.repo, message, public=options.public, yes=options.yes))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,45 @@ import hashlib
 import http.server
 import json
 import re
+import subprocess
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 COMMIT = "0" * 40
+
+
+def is_large(path: str) -> bool:
+    """Whether a file is kept beside git; the real hub goes by content and .gitattributes too."""
+    return path.endswith((".safetensors", ".png", ".jpg", ".onnx"))
+
+
+def blob(path: str, content: bytes) -> dict[str, Any]:
+    """A file's hash as preupload tells it, and as the list of a repo's files does."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\n"
+    pointer += f"size {len(content)}\n"
+    in_git = pointer.encode() if is_large(path) else content
+    sha1 = hashlib.sha1(b"blob %d\0" % len(in_git) + in_git).hexdigest()
+    if not is_large(path):
+        return {"oid": sha1, "sibling": {"blobId": sha1}}
+    lfs = {"sha256": sha256, "size": len(content), "pointerSize": len(pointer)}
+    return {"oid": sha256, "sibling": {"blobId": sha1, "lfs": lfs}}
+
+
+def ignored_by_git(ignore: str, paths: list[str]) -> set[str]:
+    """Those of the paths that git itself ignores with this text as .gitignore."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, ".gitignore").write_text(ignore)
+        subprocess.run(["git", "init", "--quiet", folder], check=True)
+        checked = subprocess.run(
+            ["git", "-C", folder, "check-ignore", "--no-index", "--stdin", "-z"],
+            input="\0".join(paths),
+            capture_output=True,
+            text=True,
+        )
+    return set(checked.stdout.split("\0")) - {""}
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -24,6 +59,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.fault_at = ""  # the part of a path that alone is answered so; all, if empty
         self.hurry = threading.Event()  # ends what hangs
         self.requests: list[tuple[str, str]] = []  # method and path
+        self.created: list[dict[str, Any]] = []  # what each new repo was asked for with
         self.uploaded: dict[str, bytes] = {}  # large files by their SHA-256, before the commit
         self.commits: list[list[str]] = []  # the paths that each of them changed
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
@@ -71,7 +107,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             self.create(json.loads(body))
         elif path == "/api/validate-yaml":
-            self.answer(200, {"errors": [], "warnings": []})
+            self.validate(json.loads(body)["content"])
         elif found := re.fullmatch(r"/(.*)\.git/info/lfs/objects/batch", path):
             self.answer(200, {"transfer": "basic", "objects": self.places(json.loads(body))})
         elif found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/(preupload|commit)/main", path):
@@ -79,27 +115,54 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             if repo not in self.server.repos:
                 self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
             elif action == "preupload":
-                self.answer(200, {"files": list(map(self.mode, json.loads(body)["files"]))})
+                self.answer(200, {"files": self.modes(repo, json.loads(body))})
             else:
                 self.commit(repo, body)
         else:
             self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
 
+    def validate(self, card: str) -> None:
+        """Of the rules for a card's head only the one on short_description."""
+        found = re.search("^short_description: (.*)$", card, re.MULTILINE)
+        if found and len(found[1]) > 60:
+            told = '"short_description" must be at most 60 characters long'
+            self.answer(400, {"errors": [{"message": told}], "warnings": []})
+        else:
+            self.answer(200, {"errors": [], "warnings": []})
+
     def create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization'] or self.server.user}/{wanted['name']}"
-        repo = f"{wanted.get('type', 'model')}s/{name}"
+        kind = wanted.get("type", "model")
+        repo, address = f"{kind}s/{name}", f"{'' if kind == 'model' else f'{kind}s/'}{name}"
+        url = {"url": f"{self.server.url}/{address}"}
         if repo in self.server.repos:
-            self.answer(409, {"error": "You already created this model repo"})
+            self.answer(409, {"error": f"You already created this {kind} repo", **url})
             return
-        self.server.repos[repo] = {}
+        if kind == "space" and wanted.get("sdk") not in ("gradio", "docker", "static"):
+            self.answer(400, {"error": "a Space needs an sdk"})
+            return
+        first = {".gitattributes": b"*.onnx filter=lfs", "README.md": b"---\ntitle: New\n---\n"}
+        self.server.created.append(wanted)
+        self.server.repos[repo] = first if kind == "space" else {}
         is_private = wanted.get("private") or wanted.get("visibility") == "private"
         self.server.private[repo] = bool(is_private)
-        self.answer(200, {"url": f"{self.server.url}/{name}"})
+        self.answer(200, url)
 
-    def mode(self, file: dict[str, Any]) -> dict[str, Any]:
-        large = file["path"].endswith((".safetensors", ".png"))
-        how = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": None}
-        return {"path": file["path"], **how}
+    def modes(self, repo: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+        """How each file is to be sent, and whether .gitignore at the repo's root forbids it."""
+        paths = [file["path"] for file in wanted["files"]]
+        there = self.server.repos[repo]
+        ignore = wanted.get("gitIgnore", there.get(".gitignore", b"").decode())
+        ignored = ignored_by_git(ignore, paths)
+        return [
+            {
+                "path": path,
+                "uploadMode": "lfs" if is_large(path) else "regular",
+                "shouldIgnore": path in ignored,
+                "oid": blob(path, there[path])["oid"] if path in there else None,
+            }
+            for path in paths
+        ]
 
     def places(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Where Git LFS's client puts each file; https://github.com/git-lfs, docs/api/batch.md."""
@@ -120,16 +183,21 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def commit(self, repo: str, body: bytes) -> None:
-        files, changed = self.server.repos[repo], []
+        there, changed = self.server.repos[repo], []
+        files = dict(there)
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":
                 files[value["path"]] = self.server.uploaded[value["oid"]]
-            if line["key"] == "deletedFile":
-                del files[value["path"]]
+            if line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                missing = {"error": "A file with this name doesn't exist"}
+                self.answer(404, missing, {"X-Error-Code": "EntryNotFound"})
+                return
             changed += [value["path"]] if "path" in value else []
+        there.clear()  # all of it or nothing
+        there.update(files)
         self.server.commits.append(changed)
         url = f"{self.server.url}/{repo.removeprefix('models/')}/commit/{COMMIT}"
         self.answer(200, {"commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
@@ -145,9 +213,14 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.answer(200, {**person, "orgs": groups, "auth": token})
         elif found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tree/main/(.*)", path):
             self.list_folder(*found.groups())
-        elif (found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)", path)) and self.has(found[1]):
+        elif (
+            found := re.fullmatch(rf"/api/(\w+/[^/]+/[^/]+)(/revision/(main|{COMMIT}))?", path)
+        ) and self.has(found[1]):
             name = found[1].partition("/")[2]
-            siblings = [{"rfilename": name} for name in self.server.repos[found[1]]]
+            siblings = [
+                {"rfilename": path, "size": len(content), **blob(path, content)["sibling"]}
+                for path, content in self.server.repos[found[1]].items()
+            ]
             about = {"id": name, "sha": COMMIT, "private": self.server.private[found[1]]}
             self.answer(200, {**about, "tags": [], "downloads": 0, "siblings": siblings})
         elif found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/\w+/(.*)", path):

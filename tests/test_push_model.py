@@ -21,6 +21,7 @@ from test_cost_report import LINES, write_lines
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import push_model
+import pushing
 
 import checkpoint
 import trainer
@@ -197,8 +198,8 @@ def at_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     return hub
 
 
-def push(repo: str = "user/tiny", **options: Any) -> str:
-    return push_model.push(CONTENT, push_model.PushOptions(Path("runs/tiny"), repo, **options))
+def push(repo: str = "user/tiny", *, public: bool = False, yes: bool = False) -> str:
+    return pushing.push(CONTENT, repo, "a message", public=public, yes=yes)
 
 
 def refused(repo: str = "user/tiny", **options: Any) -> str:
@@ -244,7 +245,7 @@ def test_a_hub_that_fails_midway_gets_no_half_of_it(at_hub: Hub) -> None:
     assert "(it does not answer)" in refused()
     at_hub.fault = None
     assert at_hub.repos == {"models/user/tiny": {}}
-    assert push() == f"{at_hub.url}/user/tiny"  # the same command again
+    assert push() == f"sent to {at_hub.url}/user/tiny"  # the same command again
     assert at_hub.repos == {"models/user/tiny": CONTENT}
     at_hub.close()
     assert "(it cannot be reached)" in refused(yes=True)
@@ -268,7 +269,8 @@ def test_files_that_are_there_are_asked_about(at_hub: Hub, monkeypatch: pytest.M
     push()  # only what a hub puts into a new repo
     at_hub.repos[repo] = {"README.md": b"mine", "pytorch_model.bin": b"mine"}
     before = dict(at_hub.repos[repo])
-    question = "user/tiny has files already (replaced: README.md; left: pytorch_model.bin)"
+    changes = "replaced: README.md; added: model.safetensors; left: pytorch_model.bin"
+    question = f"user/tiny has files already ({changes})"
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert refused() == f"{question}: give --yes to go on; nothing was sent"
 
@@ -281,6 +283,24 @@ def test_files_that_are_there_are_asked_about(at_hub: Hub, monkeypatch: pytest.M
     push()
     assert at_hub.repos[repo] == {**before, **CONTENT}
     assert asked == [f"{question}. Go on? [y/N] "] * 3
+
+
+def test_what_the_repo_has_is_not_sent_again(at_hub: Hub) -> None:
+    push()
+    sent = len(at_hub.requests)
+    assert push() == f"nothing was sent: {at_hub.url}/user/tiny is up to date"
+    assert {method for method, _ in at_hub.requests[sent:]} == {"GET"}
+    at_hub.repos["models/user/tiny"]["README.md"] = b"another's"
+    push(yes=True)
+    assert at_hub.commits == [list(CONTENT), ["README.md"]]
+    assert at_hub.repos["models/user/tiny"] == CONTENT
+
+
+def test_what_the_repo_forbids_is_told(at_hub: Hub) -> None:
+    at_hub.repos["models/user/tiny"] = {".gitignore": b"*.safetensors\n"}
+    at_hub.private["models/user/tiny"] = True
+    told = "the hub did not take model.safetensors: look at .gitignore in "
+    assert refused(yes=True) == f"{told}{at_hub.url}/user/tiny"
 
 
 def test_mistakes_are_told_before_the_hub_is_asked(

@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import classifier
+
+try:  # a Space has this package; where it runs on ZeroGPU, it must come before Gradio
+    import spaces
+except ImportError:
+    spaces = None
+
 import gradio as gr
 import numpy as np
 import onnxruntime
@@ -48,6 +54,16 @@ CSS = """
   #picture { height: 270px !important; }
 }
 """
+
+
+def ask_for_no_gpu() -> None:
+    """Is never called. On ZeroGPU, the hardware that a free account may have, a program in which no
+    function asks for a GPU is ended at its start; the model runs on the CPU all the same.
+    """
+
+
+if spaces is not None:
+    spaces.GPU(ask_for_no_gpu)
 
 
 def activation_map(maps: np.ndarray, label: int) -> np.ndarray:

@@ -147,7 +147,7 @@ def test_a_space_gets_the_app_and_nothing_else(app: Path, hub: Hub, tmp_path: Pa
     assert hub.created == [
         {
             **{"type": "space", "sdk": "gradio", "visibility": "private"},
-            **{"name": "digits", "organization": "user"},
+            **{"name": "digits", "organization": "user", "hardware": "zero-a10g"},
         }
     ]
 
@@ -241,7 +241,7 @@ def test_a_space_is_public_and_on_other_hardware_only_when_asked_for(
     app: Path, at_hub: Hub
 ) -> None:
     card = app / "README.md"
-    card.write_text(card.read_text().replace("sdk: gradio\n", "sdk: gradio\nhardware: t4-small\n"))
+    card.write_text(card.read_text().replace("hardware: zero-a10g\n", "hardware: t4-small\n"))
     push("lab/open", "--app-folder", app, "--public")
     assert at_hub.private == {"spaces/lab/open": False}
     assert at_hub.created[0]["hardware"] == "t4-small"

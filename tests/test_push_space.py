@@ -44,7 +44,6 @@ def app(tmp_path: Path) -> Path:
         folder,
         ignore=lambda _, names: set(names) - set(APP_FILES),
     )
-    (folder / "classifier.py").touch()
     model = bytes(range(256)) * 40
     about = {"file": "model.onnx", "sha256": hashlib.sha256(model).hexdigest()}
     written = {

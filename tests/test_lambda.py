@@ -3,14 +3,11 @@
 import base64
 import contextlib
 import hashlib
-import http.server
 import json
 import os
-import queue
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,7 +19,7 @@ import onnxruntime
 import pytest
 import torch
 from aws_emulator import Emulator, start_emulator
-from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
+from conftest import REPOSITORY, run_stage_command
 from pictures import encode, jpeg, scene
 from PIL import Image
 from quick_aws import quick_aws
@@ -33,6 +30,11 @@ import generate_trace_model
 import image_files
 from model import ResNet50Wrapper
 from utils import MEAN, STD, Config
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import lambda_runtime
+from lambda_runtime import post
 
 CLASSES = 1000
 CODE = (REPOSITORY / "lambda_deploy/handler.py", REPOSITORY / "gradio_deploy/classifier.py")
@@ -78,91 +80,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-class Runtime:
-    """Lambda's runtime API on loopback, with the function that asks it for events."""
-
-    def __init__(self, port: int) -> None:
-        self.address = f"127.0.0.1:{port}"
-        self.events: queue.Queue[Any] = queue.Queue()
-        self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
-
-    def ask(self, event: Any) -> tuple[int, dict[str, Any]]:
-        """Status and content of the answer to an event."""
-        self.events.put(event)
-        path, answer = self.answers.get(timeout=20)
-        assert path.endswith("/response"), (path, answer)
-        assert answer["headers"]["content-type"] == "application/json"
-        return answer["statusCode"], json.loads(answer["body"])
-
-
-@contextlib.contextmanager
-def started(task: Path, **variables: str) -> Iterator[Runtime]:
+def started(
+    task: Path, **variables: str
+) -> contextlib.AbstractContextManager[lambda_runtime.Runtime]:
     """The function under awslambdaric, from when its process starts."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            event = json.dumps(runtime.events.get()).encode()
-            self.send_response(200)
-            self.send_header("Lambda-Runtime-Aws-Request-Id", "request-1")
-            self.send_header("Lambda-Runtime-Deadline-Ms", str(int(1e3 * (time.time() + 30))))
-            self.send_header("Lambda-Runtime-Invoked-Function-Arn", "arn:aws:lambda:f")
-            self.send_header("Content-Type", "application/json")  # without it the client crashes
-            self.send_header("Content-Length", str(len(event)))
-            self.end_headers()
-            self.wfile.write(event)
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            runtime.answers.put((self.path, json.loads(body)))
-            self.send_response(202)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    runtime = Runtime(server.server_port)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    bare = {key: value for key, value in COMMAND_ENVIRONMENT.items() if not key.startswith("AWS_")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "awslambdaric", "handler.handler"],
-        cwd=task,
-        env={
-            **bare,
-            "AWS_LAMBDA_RUNTIME_API": runtime.address,
-            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1769",
-            "LAMBDA_TASK_ROOT": str(task),
-            # In Lambda, nothing is compiled yet, and nothing can be kept.
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPYCACHEPREFIX": str(task / "no cache"),
-            **variables,
-        },
-    )
-    try:
-        yield runtime
-    finally:
-        process.kill()
-        process.wait()
-        server.shutdown()
-        server.server_close()
-
-
-def post(body: str | bytes, method: str = "POST", kind: str = "image/jpeg") -> dict[str, Any]:
-    """An event as a function URL makes it: payload format 2.0, bytes in base64."""
-    in_base64 = isinstance(body, bytes)
-    return {
-        "version": "2.0",
-        "rawPath": "/",
-        "rawQueryString": "",
-        "headers": {"content-type": kind, "host": "abc.lambda-url.us-east-1.on.aws"},
-        "requestContext": {"http": {"method": method, "path": "/", "sourceIp": "192.0.2.1"}},
-        "body": base64.b64encode(body).decode() if in_base64 else body,
-        "isBase64Encoded": in_base64,
-    }
+    return lambda_runtime.started(task, [sys.executable], variables)
 
 
 def in_json(**fields: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def started(
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # the function is killed while it waits for an event
     runtime = Runtime(server.server_port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     bare = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}

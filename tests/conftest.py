@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_start
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,21 +51,19 @@ def run_stage_command(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
+    from_nothing: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage in a process of its own: run_stage_command("trainer.py", "--epochs", 1).
 
-    `env` is what the environment has beside COMMAND_ENVIRONMENT.
+    `env` is what the environment has beside COMMAND_ENVIRONMENT. The process is a quick start's;
+    that of a new interpreter with `from_nothing`, and for what loads no PyTorch and is as quick.
     """
     stage, *options = map(str, arguments)
-    return subprocess.run(
-        [sys.executable, REPOSITORY / stage, *options],
-        cwd=cwd,
-        env={**COMMAND_ENVIRONMENT, **(env or {})},
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, REPOSITORY / stage, *options]
+    given = {"cwd": cwd, "env": {**COMMAND_ENVIRONMENT, **(env or {})}, "timeout": timeout}
+    if from_nothing or stage == "scripts/prepare_data.py":
+        return subprocess.run(command, **given, capture_output=True, text=True, check=False)
+    return quick_start.run(command, **given)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

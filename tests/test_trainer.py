@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import quick_start
 import torch
 import torchvision
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
@@ -252,7 +253,7 @@ def stop_again_and_again(
     for number in signals:
         log = folder / "train.log"
         seen = log.read_text().count("  step ") if log.exists() else 0
-        process = subprocess.Popen(
+        process = quick_start.Popen(
             [sys.executable, "trainer.py", *as_options(next(starts))],
             cwd=REPOSITORY,
             env=COMMAND_ENVIRONMENT,

@@ -52,6 +52,7 @@ class Popen(subprocess.Popen):
             and command[0].endswith((".py", "-c"))
             and all(name.startswith(READ_WHEN_NEEDED) for name in different)
             and not any(given[option] for option in ONLY_AT_EXEC)
+            and given["umask"] == given["process_group"] == -1
         ):
             super()._execute_child(*arguments)
             return
@@ -97,9 +98,11 @@ class Server:
             assert prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
             try:
                 socket.send_fds(self.connection, [pickle.dumps(call)], files)
-                return int.from_bytes(self.connection.recv(8), "big")
+                pid = int.from_bytes(self.connection.recv(8), "big")
             finally:
                 prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        assert pid, "the server has ended"
+        return pid
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def test_a_trainer_that_forgets_its_momentum_is_found_out(tmp_path: Path) -> Non
 
 
 def test_no_kills_are_refused(tmp_path: Path) -> None:
-    done = run_stage_command("scripts/kill_drill.py", "--kills", 0, "--folder", tmp_path)
+    command = ("scripts/kill_drill.py", "--kills", 0, "--folder", tmp_path)
+    done = run_stage_command(*command, from_nothing=True)
     assert done.returncode == 2
     assert done.stderr == "error: kills is 0: it must be 1 or more\n"
     assert not list(tmp_path.iterdir())

@@ -66,21 +66,34 @@ def run_stage_command(
     return quick_start.run(command, **given)
 
 
-# The longest tests, one of 540 s, others of 30 to 80 s. pytest-xdist gives each of two processes a
-# half of the list to begin with: one half begins with the first of them, the other with the others.
+# One of 500 s, which is a process's whole work, and others of 30 to 150 s.
 LONGEST = (
     "test_the_whole_path",
     "test_from_nothing_to_training_and_back_as_the_readme_says",
+    "test_killed_after_each_change_every_command_ends_in_the_same_state",
     "test_six_kills_change_nothing",
+    "test_the_life_of_a_function",
     "test_a_run_goes_on_from_its_mirror_on_an_empty_machine",
     "test_ec2s_notice_saves_in_time_after_all_kinds_of_odd_answers",
-    "test_a_compiled_run_goes_on_exactly_and_its_checkpoint_is_anyones",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest tests, so that the processes end together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests first, so that the processes of pytest-xdist end together.
+
+    With worksteal each begins with an equal part of the list, and takes from others' ends later.
+    """
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
     longest = [item for name in LONGEST for item in items if item.name == name]
     others = [item for item in items if item not in longest]
-    middle = len(items) // 2 - 1
-    items[:] = longest[:1] + others[:middle] + longest[1:] + others[middle:]
+    heads = [longest]
+    if processes > 1:
+        heads = [longest[:1], *(longest[1 + n :: processes - 1] for n in range(processes - 1))]
+    left = len(items)
+    items.clear()
+    for process, head in enumerate(heads):
+        count = left // (processes - process)
+        left -= count
+        more = max(0, count - len(head))
+        items += head + others[:more]
+        del others[:more]

@@ -222,9 +222,10 @@ def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], firs
 
     undisturbed = trainer.new_run(config, 3)
     steps(undisturbed, 6)
+    run = trainer.new_run(config, 3)
     for stop in range(1, 6):
-        run = trainer.new_run(config, 3)
-        steps(run, stop)
+        steps(run, 1)
+        assert run.step == stop
         checkpoint.save(folder, run.state())
         resumed = trainer.new_run(dataclasses.replace(config, seed=9), 3)
         resumed.load(checkpoint.load_latest(folder))

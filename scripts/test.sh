@@ -46,5 +46,6 @@ fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/shellcheck" scripts/*.sh scripts/aws/instance/*.sh .ci/run
-# A process a core, each with one thread: two processes of two threads would wait for each other.
-exec env OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --dist worksteal "$@"
+# Processes of one thread each: two processes of two threads would wait for each other. One more than
+# there are cores, since some of the tests wait for time-outs, servers and machines.
+exec env OMP_NUM_THREADS=1 "$bin/python" -m pytest -n $(($(nproc) + 1)) --dist worksteal "$@"

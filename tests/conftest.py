@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_start
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,23 +51,49 @@ def run_stage_command(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
+    from_nothing: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage in a process of its own: run_stage_command("trainer.py", "--epochs", 1).
 
-    `env` is what the environment has beside COMMAND_ENVIRONMENT.
+    `env` is what the environment has beside COMMAND_ENVIRONMENT. The process is a quick start's;
+    that of a new interpreter with `from_nothing`, and for what loads no PyTorch and is as quick.
     """
     stage, *options = map(str, arguments)
-    return subprocess.run(
-        [sys.executable, REPOSITORY / stage, *options],
-        cwd=cwd,
-        env={**COMMAND_ENVIRONMENT, **(env or {})},
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, REPOSITORY / stage, *options]
+    given = {"cwd": cwd, "env": {**COMMAND_ENVIRONMENT, **(env or {})}, "timeout": timeout}
+    if from_nothing or stage == "scripts/prepare_data.py":
+        return subprocess.run(command, **given, capture_output=True, text=True, check=False)
+    return quick_start.run(command, **given)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that the other process has work until it ends."""
-    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+# One of 500 s, which is a process's whole work, and others of 30 to 150 s.
+LONGEST = (
+    "test_the_whole_path",
+    "test_from_nothing_to_training_and_back_as_the_readme_says",
+    "test_killed_after_each_change_every_command_ends_in_the_same_state",
+    "test_six_kills_change_nothing",
+    "test_the_life_of_a_function",
+    "test_a_run_goes_on_from_its_mirror_on_an_empty_machine",
+    "test_ec2s_notice_saves_in_time_after_all_kinds_of_odd_answers",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests first, so that the processes of pytest-xdist end together.
+
+    With worksteal each begins with an equal part of the list, and takes from others' ends later.
+    """
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    longest = [item for name in LONGEST for item in items if item.name == name]
+    others = [item for item in items if item not in longest]
+    heads = [longest]
+    if processes > 1:
+        heads = [longest[:1], *(longest[1 + n :: processes - 1] for n in range(processes - 1))]
+    left = len(items)
+    items.clear()
+    for process, head in enumerate(heads):
+        count = left // (processes - process)
+        left -= count
+        more = max(0, count - len(head))
+        items += head + others[:more]
+        del others[:more]

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from quick_start import take_over
+
 # Imports little, for it is started for each call.
 CLIENT = """#!{python} -SE
 import _socket, array, json, os, sys
@@ -67,14 +69,10 @@ def serve(path: str) -> None:
             fds = array.array("i", ancillary[0][2])
             size = int.from_bytes(_receive(connection, 8), "big")
             arguments, environment, cwd = json.loads(_receive(connection, size))
-            for number, fd in enumerate(fds):
-                os.dup2(fd, number)
             own_data = os.environ["AWS_DATA_PATH"]  # set as the CLI is loaded
-            os.environ.clear()
-            os.environ.update(environment)
+            take_over(fds, environment, cwd)
             theirs = environment.get("AWS_DATA_PATH")
             os.environ["AWS_DATA_PATH"] = os.pathsep.join(filter(None, [theirs, own_data]))
-            os.chdir(cwd)
             sys.argv = ["aws", *arguments]
             code = awscli.clidriver.main()
             sys.stdout.flush()

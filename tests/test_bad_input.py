@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_start
 import torch
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
 from PIL import Image
@@ -60,7 +61,7 @@ def train(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
 
 
 def start_training(folder: Path, *options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return quick_start.Popen(
         [sys.executable, *command(str(REPOSITORY / "trainer.py"), folder, *options)],
         env=COMMAND_ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -216,22 +217,23 @@ def test_a_wrong_option_is_refused(
 
 
 COMMANDS = {
-    "unknown option": ("trainer.py", ["--bach-size", "8"], "--bach-size"),
-    "out of range": ("trainer.py", ["--epochs", "0"], "epochs is 0"),
-    "name upwards": ("trainer.py", ["--name", "../x"], "is no name"),
-    "no value": ("lr_finder.py", ["--epochs"], "--epochs"),
-    "name of two lines": ("lr_finder.py", ["--name", "a\nb"], "is no name"),
-    "absolute name": ("generate_trace_model.py", ["--name", "/tmp/x"], "is no name"),
-    "no run": ("generate_trace_model.py", [], "no run in runs/ yet: start one with"),
-    "nested name": ("plot_metrics.py", ["--names", "a/b"], "is no name"),
+    "unknown option": ("trainer.py", ["--bach-size", "8"], "--bach-size", True),
+    "out of range": ("trainer.py", ["--epochs", "0"], "epochs is 0", False),
+    "name upwards": ("trainer.py", ["--name", "../x"], "is no name", False),
+    "no value": ("lr_finder.py", ["--epochs"], "--epochs", True),
+    "name of two lines": ("lr_finder.py", ["--name", "a\nb"], "is no name", False),
+    "absolute name": ("generate_trace_model.py", ["--name", "/tmp/x"], "is no name", False),
+    "no run": ("generate_trace_model.py", [], "no run in runs/ yet: start one with", True),
+    "nested name": ("plot_metrics.py", ["--names", "a/b"], "is no name", True),
 }
 
 
-@pytest.mark.parametrize(("stage", "options", "text"), **by_id(COMMANDS))
+@pytest.mark.parametrize(("stage", "options", "text", "from_nothing"), **by_id(COMMANDS))
 def test_a_wrong_command_is_refused(
-    stage: str, options: list[str], text: str, tmp_path: Path
+    stage: str, options: list[str], text: str, from_nothing: bool, tmp_path: Path
 ) -> None:
-    done = run_stage_command(stage, *options, cwd=tmp_path)
+    """Each stage once from nothing: no library may add a line of its own."""
+    done = run_stage_command(stage, *options, cwd=tmp_path, from_nothing=from_nothing)
     check_refused(done.returncode, done.stderr, text)
     assert not tree(tmp_path)
 

@@ -21,6 +21,7 @@ def test_it_measures_all_pipelines_that_are_installed(tmp_path: Path) -> None:
         *(SCRIPT, tmp_path / "images/train", "--images", 16, "--repeats", 1, "--px", 32),
         *("--cores", 0, "--seconds", 0.2, "--max-side", 48, "--output", output),
         timeout=240,
+        from_nothing=True,
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())

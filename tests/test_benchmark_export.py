@@ -7,7 +7,7 @@ from conftest import run_stage_command
 def test_it_measures_every_format_on_each_number_of_threads(tmp_path: Path) -> None:
     output = tmp_path / "new" / "latency.json"
     command = ("scripts/benchmark_export.py", "--px", 32, "--pictures", 10, "--threads", 1, 2)
-    done = run_stage_command(*command, "--output", output)
+    done = run_stage_command(*command, "--output", output, from_nothing=True)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(output.read_text())
     formats = ("eager", "torchscript", "pt2", "onnx")

@@ -10,7 +10,7 @@ def test_it_measures_pauses_and_what_a_checkpoint_costs(tmp_path: Path) -> None:
     output = tmp_path / "save.json"
     command = ("scripts/benchmark_save.py", "--px", 32, "--batch-size", 2, "--saves", 2)
     brief = ("--pairs", 2, "--interval-s", 2, "--folder", tmp_path, "--output", output)
-    done = run_stage_command(*command, *brief)
+    done = run_stage_command(*command, *brief, from_nothing=True)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
     assert record["checkpoint_bytes"] > 8 * 25_557_032  # weights and momentum, in float32

@@ -17,6 +17,7 @@ def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> N
         *("--train-folder-name", tmp_path / "images/train", "--workers", 1),
         *("--precision", "fp32", "--loss-curve", 3, "--output", output),
         timeout=240,
+        from_nothing=True,  # memory is measured too
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())

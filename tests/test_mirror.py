@@ -26,6 +26,7 @@ from typing import Any
 import boto3
 import botocore.exceptions
 import pytest
+import quick_start
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
 from hub import Hub
 from test_checkpoint import make_state
@@ -741,12 +742,10 @@ def test_a_hub_holds_the_copies_too(folder: Path) -> None:
 
     def run(url: str = "hf://datasets/user/repo/runs") -> subprocess.CompletedProcess:
         hub_at = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token}
-        done = subprocess.run(
+        done = quick_start.run(
             [sys.executable, "-c", HUB_PROGRAM, url, str(folder)],
             cwd=REPOSITORY,
             env={**COMMAND_ENVIRONMENT, **hub_at, "HF_HUB_DISABLE_TELEMETRY": "1"},
-            capture_output=True,
-            text=True,
             timeout=120,
         )
         assert token not in done.stdout + done.stderr
@@ -812,7 +811,7 @@ def settings(tmp_path: Path) -> dict[str, object]:
 
 def start_trainer(settings: dict[str, object], output: Path) -> subprocess.Popen:
     with open(output, "w") as file:
-        return subprocess.Popen(
+        return quick_start.Popen(
             [sys.executable, "trainer.py", *as_options(settings)],
             cwd=REPOSITORY,
             env={**COMMAND_ENVIRONMENT, **{name: os.environ[name] for name in AWS_NAMES}},

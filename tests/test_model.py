@@ -18,7 +18,7 @@ from model import ResNet50Wrapper, load_weights
 def test_prints_the_table_of_layers(
     options: tuple[str, ...], first_px: int, parameters: str
 ) -> None:
-    done = run_stage_command("model.py", *options)
+    done = run_stage_command("model.py", *options, from_nothing=bool(options))
     assert (done.returncode, done.stderr) == (0, "")
     rows = re.findall(r"^ *[A-Za-z0-9]+-(\d+) +(\[.*\]) +([\d,]+)$", done.stdout, re.MULTILINE)
     assert [int(number) for number, _, _ in rows] == list(range(1, 175))

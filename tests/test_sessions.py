@@ -245,13 +245,13 @@ def test_a_run_taken_away_killed_and_out_of_budget_ends_the_same_and_its_report_
 
     start(-9, KILLED)
     spent_usd = sessions.price_usd(sessions.read(folder))
-    # Starting takes more than a second: the first step is over the budget.
-    out = start(76, budget_usd=spent_usd + 1, **mirrored)
-    assert f"the budget of ${spent_usd + 1:.2f} is spent, with $" in out
+    budget_usd = spent_usd + 0.2  # for less than a start takes: the first step is over it
+    out = start(76, budget_usd=budget_usd, **mirrored)
+    assert f"the budget of ${budget_usd:.2f} is spent, with $" in out
     assert "a higher --budget-usd goes on" in out
 
     shutil.rmtree(folder)
-    out = start(76, budget_usd=spent_usd + 1, **mirrored)
+    out = start(76, budget_usd=budget_usd, **mirrored)
     assert "nothing is trained; a higher --budget-usd goes on" in out
     assert "training and validation images" not in out
     ends = [line["ended"] for line in sessions.read(folder)]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import quick_start
 import torch
 import torchvision
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
@@ -221,9 +222,10 @@ def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], firs
 
     undisturbed = trainer.new_run(config, 3)
     steps(undisturbed, 6)
+    run = trainer.new_run(config, 3)
     for stop in range(1, 6):
-        run = trainer.new_run(config, 3)
-        steps(run, stop)
+        steps(run, 1)
+        assert run.step == stop
         checkpoint.save(folder, run.state())
         resumed = trainer.new_run(dataclasses.replace(config, seed=9), 3)
         resumed.load(checkpoint.load_latest(folder))
@@ -252,7 +254,7 @@ def stop_again_and_again(
     for number in signals:
         log = folder / "train.log"
         seen = log.read_text().count("  step ") if log.exists() else 0
-        process = subprocess.Popen(
+        process = quick_start.Popen(
             [sys.executable, "trainer.py", *as_options(next(starts))],
             cwd=REPOSITORY,
             env=COMMAND_ENVIRONMENT,

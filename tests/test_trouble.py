@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import quick_start
 import torch
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images
 from test_trainer import (  # noqa: F401 (fixtures are among them)
@@ -38,12 +39,10 @@ def train_with(fault: str, settings: Settings, *options: str) -> subprocess.Comp
         fault,
         "utils.run_stage(trainer.main)",
     )
-    return subprocess.run(
+    return quick_start.run(
         [sys.executable, "-c", "\n".join(lines), *as_options(settings), *options],
         cwd=REPOSITORY,
         env=COMMAND_ENVIRONMENT,
-        capture_output=True,
-        text=True,
         timeout=200,
     )
 

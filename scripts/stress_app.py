@@ -216,8 +216,8 @@ def bomb(rng: random.Random) -> bytes:
     if kind == 0:
         return png(*rng.choice(((30_000, 30_000), (9_500, 9_500), (2**31 - 1, 1))), zeros)
     if kind == 1:  # just below the limit, and whole
-        rows = zlib.compress(bytes((9_000 * 3 + 1) * 9_000), 1)
-        return png(9_000, 9_000, rows)
+        rows = zlib.compress(bytes((7_000 * 3 + 1) * 7_000), 1)
+        return png(7_000, 7_000, rows)
     if kind in (2, 3):
         chunk = (b"zTXt", b"Comment\0\0") if kind == 2 else (b"iCCP", b"profile\0\0")
         return png(64, 64, zeros, (chunk[0], chunk[1] + zeros))
@@ -287,6 +287,7 @@ def handmade(rng: random.Random, app: App) -> Answer:
                 *([{"path": place, "meta": meta}], [{"path": place}], [{"path": "\0"}], [place]),
                 *([{"path": 5}], [{"url": "file:///etc/passwd"}], [{}], [[]], [None], [5], []),
                 *({}, None, "x", [{"path": place, "url": f"file://{place}", "meta": meta}]),
+                *([{"path": "http://127.0.0.1:1/x.png", "meta": meta}], ["x" * 2_000_000]),
             ]
         ),
     )

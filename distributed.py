@@ -19,12 +19,15 @@ import datetime
 import logging
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from utils import EXIT_FAILED, Config, UserError, log
 
@@ -43,13 +46,42 @@ def start() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     timeout = datetime.timedelta(seconds=WAIT_S)
+    store, rank, count = next(rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(
+        backend, store=_fresh(store, rank, count), rank=rank, world_size=count, timeout=timeout
+    )
     _hosts = dist.new_group(backend="gloo", timeout=timeout)
     # gloo's threads would take an ending process down with SIGABRT.
     atexit.register(dist.destroy_process_group)
     if not is_main():  # it repeats nothing that the main one says
         log.addFilter(lambda record: record.levelno >= logging.WARNING)
+
+
+def _fresh(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """torchrun's store, in a place of its own for this start.
+
+    torchrun keeps its store when it restarts the processes, with the addresses of those that are
+    gone (PyTorch's issue 135712), and each machine counts restarts for itself. So the main process
+    names a place, and tells it to those who are here now: what earlier ones left, nobody answers.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", mine)
+        place = store.get(mine).decode()  # waits
+        store.set(f"{place}/{rank}", "")
+        return dist.PrefixStore(place, store)
+    missing, deadline = set(range(1, count)), time.monotonic() + WAIT_S
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"here/{other}"]):
+                store.set(store.get(f"here/{other}").decode(), mine)
+            if store.check([f"{mine}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise UserError(f"processes {sorted(missing)} of this run do not answer", EXIT_FAILED)
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store)
 
 
 def processes() -> int:

@@ -772,7 +772,7 @@ def main() -> None:
         preflight.check_open_files(config.workers)
         in_main(checkpoint.prepare_folder, folder, preflight.WEIGHTS_BYTES)
         lock = in_main(checkpoint.lock, folder)
-        in_main(checkpoint.check_newest, folder / "checkpoints", state)
+        checkpoint.check_newest(folder / "checkpoints", state)  # nor may another machine's be newer
         in_main(start_log, folder / "train.log")
         in_main(save_config, folder, config, train_set.classes, hardware)
     preflight.describe_run(config, hardware, train_set, val_set, skipped)

@@ -98,12 +98,18 @@ def in_float64() -> None:
     trainer.ResNet50Wrapper = lambda *arguments: model.ResNet50Wrapper(*arguments).double()
 
 
-def steps_of(config: Config, train_set: image_files.ImageSet, frozen: bool) -> dict[str, Any]:
-    """An epoch of three steps: the first one's gradients, the weights, and what was counted."""
+def steps_of(
+    config: Config, train_set: image_files.ImageSet, steps: int, frozen: bool = False
+) -> dict[str, Any]:
+    """So many steps of an epoch: the first one's gradients, the weights, and what was counted.
+
+    Frozen, BatchNorm normalises by its running statistics, whatever is computed at once.
+    """
     run = trainer.new_run(config, 3)
     run.model.train(not frozen)
     gradients = {}
-    for images, labels in data.train_batches(train_set, config, epoch=0):
+    batches = data.train_batches(train_set, config, epoch=0)
+    for images, labels in itertools.islice(batches, steps):
         size = min(8, 21 - 8 * run.step)
         trainer.train_step(run, images, labels, 0.01, size)
         if run.step == 1:
@@ -119,14 +125,14 @@ def compute(config: Config) -> dict[str, Any]:
     in_float64()
     train_set, val_set, _ = image_files.open_images(config)
     synchronised = dataclasses.replace(config, sync_batchnorm=True)
+    in_parts = dataclasses.replace(config, micro_batch_size=2)
     torch.manual_seed(5)
     net = trainer.ResNet50Wrapper(3, True)
     torch.nn.init.normal_(net.model.fc.weight)  # else it says the same of each picture
-    net.train()(torch.randn(64, 3, 32, 32, dtype=torch.float64))
+    net.train()(torch.randn(16, 3, 32, 32, dtype=torch.float64))
     results = {
-        "synchronised": steps_of(synchronised, train_set, frozen=False),
-        "frozen": steps_of(config, train_set, frozen=True),
-        "in parts": steps_of(dataclasses.replace(config, micro_batch_size=2), train_set, True),
+        "synchronised": steps_of(synchronised, train_set, steps=3),
+        "in parts": steps_of(in_parts, train_set, steps=1, frozen=True),
         "validation": [
             trainer.evaluate(
                 net,
@@ -183,7 +189,9 @@ def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(trainer.DTYPES, "fp32", torch.float32)  # what in_float64 changes is undone
         patch.setattr(trainer, "ResNet50Wrapper", trainer.ResNet50Wrapper)
-        return compute(config)
+        results = compute(config)
+        train_set = image_files.open_image_set(config.train_folder_name, "train")
+        return {**results, "frozen": steps_of(config, train_set, steps=1, frozen=True)}
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -237,8 +245,8 @@ def test_several_processes_compute_what_one_does(
         assert record["told"] == (main_says if rank == 0 else ["none", " 7", " 7"])
 
     together = torch.load(tmp_path / "results")
-    for what in ("synchronised", "frozen", "in parts"):
-        check_equal(together[what], alone["frozen" if what == "in parts" else what])
+    check_equal(together["synchronised"], alone["synchronised"])
+    check_equal(together["in parts"], alone["frozen"])
     for ours, theirs in zip(together["validation"], alone["validation"], strict=True):
         assert math.isclose(ours.pop("val_loss"), theirs["val_loss"], rel_tol=TOLERANCE)
         assert ours.items() <= theirs.items()
@@ -315,8 +323,8 @@ def wait_for(process: subprocess.Popen[str], folder: Path, words: str, seen: int
     raise AssertionError(f"{words!r} was not said: {process.communicate(timeout=60)}")
 
 
-def test_a_run_that_loses_processes_goes_on_by_itself(settings: dict[str, object]) -> None:
-    """First number 1 is killed, then the main one; bit for bit the run that lost none."""
+def test_a_run_that_loses_a_process_goes_on_by_itself(settings: dict[str, object]) -> None:
+    """Number 1 is killed: bit for bit the run that lost none."""
     settings["log_interval_s"] = 1e-9
     options = ("--zero-init-residual",)  # a fresh network's running statistics let it explode
     undisturbed = {**settings, "name": "undisturbed"}
@@ -334,21 +342,18 @@ def test_a_run_that_loses_processes_goes_on_by_itself(settings: dict[str, object
     killed = {**settings, "name": "killed", "checkpoint_minutes": 0}
     folder = run_folder(killed)
     command = ("trainer.py", *as_options(killed), *options)
-    process = start(2, *command, options=("--max-restarts=2",))  # one a kill
-    text = wait_for(process, folder, "epoch 1/2  step 2/3")
+    process = start(2, *command, options=("--max-restarts=1",))
+    wait_for(process, folder, "epoch 1/2  step 2/3")
     os.kill(workers(process)[1], signal.SIGKILL)
-    text = wait_for(process, folder, "resumed after", len(text))
-    text = wait_for(process, folder, "epoch 2/2  step 1/3", len(text))
-    os.kill(workers(process)[0], signal.SIGKILL)
     done = end(process)
     assert done.returncode == 0, done.stderr
-    assert (folder / "train.log").read_text().count("resumed after") == 2
+    assert (folder / "train.log").read_text().count("resumed after") == 1
     assert outcome(killed) == expected
 
 
 def test_a_run_goes_on_with_fewer_processes(settings: dict[str, object]) -> None:
     """On four, stopped; on two, stopped by one of them; on one: as on one all the time."""
-    settings |= {"sync_batchnorm": "True", "zero_init_residual": "True", "epochs": 3}
+    settings |= {"sync_batchnorm": "True", "zero_init_residual": "True", "epochs": 2}
     options = as_options({**settings, "log_interval_s": 1e-9})
     options = [option for option in options if option != "True"]
     folder = run_folder(settings)
@@ -366,9 +371,9 @@ def test_a_run_goes_on_with_fewer_processes(settings: dict[str, object]) -> None
         assert state is not None
         return state
 
-    first = stop(4, "epoch 1/3  step 1/3", lambda process: process.pid)
-    second = stop(2, "epoch 2/3  step 1/3", lambda process: workers(process)[1])
-    assert 1 <= first["step"] < second["step"] < 9
+    first = stop(4, "epoch 1/2  step 1/3", lambda process: process.pid)
+    second = stop(2, "epoch 2/2  step 1/3", lambda process: workers(process)[1])
+    assert 1 <= first["step"] < second["step"] <= 6
     assert first.keys() == second.keys()
     done = run_stage_command("trainer.py", *options)
     assert done.returncode == 0, done.stderr
@@ -382,8 +387,8 @@ def test_a_run_goes_on_with_fewer_processes(settings: dict[str, object]) -> None
             assert ours[name] == theirs[name]
         for name in ("train_loss", "val_loss"):
             assert math.isclose(ours[name], theirs[name], rel_tol=1e-3)
-    config = Config(epochs=3, max_lr=0.005)
-    assert several["rows"][2]["learning_rate"] == learning_rate(config, 9, 3)
+    config = Config(epochs=2, max_lr=0.005)
+    assert several["rows"][0]["learning_rate"] == learning_rate(config, 3, 3)
     paths = [folder / "last.pt", folder.with_name("whole") / "last.pt"]
     ours, theirs = (torch.load(path) for path in paths)
     torch.manual_seed(0)

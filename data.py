@@ -5,7 +5,7 @@ shape (N, H, W, 3); decoding, resizing and reading release Python's interpreter 
 stay bytes until they are on the device, where `normalize` makes floats of them.
 
 Order, crop and flip of an image are a function of (seed, epoch, index) alone, so that neither the
-number of threads nor an interruption changes what the model sees.
+number of threads or processes nor an interruption changes what the model sees.
 """
 
 import collections
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import distributed
 import tiled_jpeg
 from image_files import (
     Encoded,
@@ -193,8 +194,10 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the images of `order` in batches, decoded by `workers` threads two batches ahead.
 
-    The last batch may be smaller. `pin` puts the batches into page-locked memory, from which a GPU
-    copies while it computes. An image that cannot be read raises UserError with its path.
+    The last batch may be smaller. Where several processes share the work, each yields its part of
+    every batch, and one may have no image of a small last batch. `pin` puts the batches into
+    page-locked memory, from which a GPU copies while it computes. An image that cannot be read
+    raises UserError with its path.
     """
 
     def fill_some(images: np.ndarray, indexes: np.ndarray) -> None:
@@ -217,14 +220,14 @@ def batches(
                 ) from error
 
     chunks = [
-        order[start : start + batch_size]
+        distributed.share(order[start : start + batch_size])
         for start in range(first_batch * batch_size, len(order), batch_size)
     ]
     # PyTorch keeps page-locked memory for the next batch, but not other memory.
     empty = (
         functools.partial(torch.empty, dtype=torch.uint8, pin_memory=True)
         if pin
-        else reused_memory((batch_size, px, px, 3))
+        else reused_memory((max(map(len, chunks), default=0), px, px, 3))
     )
     pool = ThreadPoolExecutor(workers, "decode") if workers else None
     reader = ThreadPoolExecutor(1, "read ahead")  # it waits where the disk's queue is full

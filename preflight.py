@@ -28,6 +28,7 @@ import torch
 
 import checkpoint
 import data
+import distributed
 import image_files
 import interruption
 import mirror
@@ -136,6 +137,7 @@ def describe_hardware(device: torch.device, precision: str) -> dict[str, Any]:
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
         "instance_type": interruption.instance_type(),
         "precision": precision,
+        "processes": distributed.processes(),
         **describe_computer(),
     }
 
@@ -159,6 +161,8 @@ def describe_run(
         hardware["gpu"] or hardware["cpu"], hardware["precision"], config.workers,
         hardware["cpu_cores"],
     )  # fmt: skip
+    if hardware["processes"] > 1:
+        log.info("%s", distributed.describe(config))
 
 
 # ------------------------------------------------------------------------------ the dry run
@@ -442,7 +446,8 @@ def needed_memory(config: Config, device: torch.device) -> float:
     # The copy of the state, its encoding as it grows, and the mirror's.
     needed = (data.DECODED_AHEAD + 2) * batch_bytes + 4 * 2 * WEIGHTS_BYTES
     if device.type == "cpu":
-        needed += config.batch_size * ACTIVATIONS_BYTES * train_px2 / 224**2
+        at_once = min(config.batch_size, config.micro_batch_size or config.batch_size)
+        needed += at_once * ACTIVATIONS_BYTES * train_px2 / 224**2
     return needed
 
 

@@ -3,6 +3,7 @@
     nohup python3 trainer.py > train.log 2>&1 &       the reference recipe, on ImageNet-1k
     python3 trainer.py --recipe quickstart            the embedded digits, minutes on a CPU
     python3 trainer.py --dry-run                      the settings, the schedule, time and price
+    torchrun --standalone --nproc_per_node=4 trainer.py      the same run on four GPUs
 
 The reference recipe's target is the published run's 75.32 % top-1 and 92.59 % top-5 in 50 epochs
 on one A10G for $26.41; this code has not been run on ImageNet yet.
@@ -24,11 +25,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import tqdm
 
 import checkpoint
 import data
+import distributed
 import image_files
 import interruption
 import mirror
@@ -88,7 +91,9 @@ class Run:
     device: torch.device
     precision: str  # of the forward pass: fp16, bf16 or fp32
     totals: dict[str, torch.Tensor]  # sums over the epoch under way, on the device
-    # The model through torch.compile, for batches of this size; None, 0: never.
+    training_model: torch.nn.Module  # the model, or what shares its gradients between processes
+    micro_batch_size: int = 0  # most images that are computed at once; 0: all of a batch
+    # The training model through torch.compile, for batches of this size; None, 0: never.
     compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
     compiled_batch_size: int = 0
     step: int = 0  # optimizer steps since the beginning
@@ -100,12 +105,12 @@ class Run:
     arriving: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """What a checkpoint holds of it, the same on any number of processes; all have to ask."""
         return {
             "model": self.model.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "totals": self.totals,
+            "totals": totals_of_all(self.totals),
             "step": self.step,
             "history": self.history,
             "epoch_s": self.epoch_s,
@@ -119,7 +124,9 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():  # it is off in fp32 and bf16
             self.scaler.load_state_dict(state["scaler"])
         for name, total in state["totals"].items():
-            self.totals[name].copy_(total)
+            # What was counted is one process's to keep, or it would be counted again by each.
+            if distributed.is_main() or name == "trouble":
+                self.totals[name].copy_(total)
         for name in ("step", "history", "epoch_s", "elapsed_s"):
             setattr(self, name, state[name])
 
@@ -137,29 +144,43 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def train_step(
-    run: Run, images: torch.Tensor, labels: torch.Tensor, learning_rate: float
+    run: Run,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    learning_rate: float,
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """One optimizer step on a batch on the device: images uint8 (N, H, W, 3), labels int64 (N,).
 
-    Returns the batch's mean loss, a scalar on the device, and adds loss, counts and trouble to
-    run.totals, both without waiting for the device.
+    Where several processes share a batch, these are this one's of its `batch_size` images. The
+    gradient is that of the mean loss over the whole batch, however it is divided. Returns the mean
+    loss of these images, a scalar on the device, and adds loss, counts and trouble to run.totals,
+    both without waiting for the device.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    # A smaller last batch is not worth a compilation of its own.
-    model = run.compiled if len(images) == run.compiled_batch_size else run.model
-    with autocast(run.device, run.precision):
-        logits = model(data.normalize(images, DTYPES[run.precision])).float()
-    loss = torch.nn.functional.cross_entropy(logits, labels)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    loss = loss.detach()
+    batch_size = batch_size or len(labels)
+    parts = distributed.micro_batches(batch_size, run.micro_batch_size)
+    loss = torch.zeros((), device=run.device)
+    divided = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    for part, (some, their_labels) in enumerate(divided, start=1):
+        # A smaller last batch is not worth a compilation of its own.
+        model = run.compiled if len(some) == run.compiled_batch_size else run.training_model
+        with distributed.adds_up(run.training_model, part == parts):
+            with autocast(run.device, run.precision):
+                logits = model(data.normalize(some, DTYPES[run.precision])).float()
+            mean = torch.nn.functional.cross_entropy(logits, their_labels)
+            # DistributedDataParallel takes the mean over the processes.
+            share = len(some) * distributed.processes() / batch_size
+            run.scaler.scale(mean * share).backward()
+        loss += mean.detach() * (len(some) / len(labels))
+        add_to_totals(run.totals, mean.detach(), logits.detach(), their_labels)
     scale = run.scaler.scale(torch.ones_like(loss))  # 1 where there is no scaling
     run.scaler.step(run.optimizer)
     run.scaler.update()
     skipped = run.scaler.scale(torch.ones_like(loss)) < scale
     run.step += 1
-    add_to_totals(run.totals, loss, logits.detach(), labels)
     add_trouble(run.totals["trouble"], loss, skipped)
     return loss
 
@@ -231,6 +252,12 @@ def refuse_trouble(run: Run, trouble: list[int]) -> None:
     )
 
 
+def totals_of_all(totals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The totals of all processes together; all skip the same steps."""
+    summed = {name: distributed.summed(totals[name]) for name in ("loss", "counts")}
+    return {**summed, "trouble": distributed.largest(totals["trouble"])}
+
+
 def read_totals(totals: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
     """The totals as part of a metrics row: mean loss, accuracy in percent, and the counts."""
     correct1, correct5, images = totals["counts"].tolist()  # waits for the device
@@ -249,56 +276,47 @@ def evaluate(
     batches: Iterator[data.Batch],
     device: torch.device,
     precision: str,
-    heed: Callable[[], None],
+    heed: distributed.Heed,
 ) -> dict[str, Any]:
     """val_loss, val_top1 and val_top5 with their counts; calls `heed` before each batch."""
     model.eval()
     totals = new_totals(device)
     with torch.inference_mode(), contextlib.closing(data.to_device(batches, device)) as on_device:
-        for images, labels in on_device:
-            heed()
+        for images, labels in distributed.heeded(on_device, heed):
+            if not len(labels):  # of a batch with fewer images than processes
+                continue
             with autocast(device, precision):
                 logits = model(data.normalize(images, DTYPES[precision])).float()
             loss = torch.nn.functional.cross_entropy(logits, labels)
             add_to_totals(totals, loss, logits, labels)
-    return read_totals(totals, "val")
+    return read_totals(totals_of_all(totals), "val")
 
 
 # ------------------------------------------------------------------------------ an epoch
 
 
 def train_epoch(
-    run: Run,
-    config: Config,
-    train_set: image_files.ImageSet,
-    save: Callable[[], None],
-    heed: Callable[[], None],
+    run: Run, config: Config, train_set: image_files.ImageSet, heed: distributed.Heed
 ) -> None:
-    """Train what is left of the epoch under way, saving from time to time.
-
-    Calls `heed` after each step; raises UserError once the loss is not a number.
-    """
+    """Train what is left of the epoch under way; calls `heed` before and after each step."""
     epoch, steps = len(run.history), steps_per_epoch(config, train_set)
     first_step = run.step - epoch * steps
     batches = data.train_batches(train_set, config, epoch, first_step, run.device.type == "cuda")
     run.model.train()
-    saved_at = clock = time.monotonic()
+    clock = time.monotonic()
     with (
         Progress(run, config, train_set) as progress,
         contextlib.closing(data.to_device(batches, run.device)) as batches,
     ):
-        for images, labels in batches:
-            train_step(run, images, labels, learning_rate(config, run.step, steps))
-            refuse_trouble(run, trouble_seen(run))
+        for images, labels in distributed.heeded(batches, heed):
+            begun = (run.step - epoch * steps) * config.batch_size
+            batch_size = min(config.batch_size, len(train_set) - begun)
+            train_step(run, images, labels, learning_rate(config, run.step, steps), batch_size)
             now = time.monotonic()
             run.epoch_s += now - clock
             run.elapsed_s += now - clock
             clock = now
             progress.tell(now)
-            heed()
-            if now - saved_at >= 60 * config.checkpoint_minutes:
-                save()
-                saved_at = now
     if run.device.type == "cuda":
         torch.cuda.synchronize()  # the steps still under way belong to this epoch's time
         run.epoch_s += time.monotonic() - clock
@@ -312,16 +330,16 @@ def train_epochs(
     train_set: image_files.ImageSet,
     val_set: image_files.ImageSet,
     save: Callable[[], None],
-    heed: Callable[[], None],
+    heed: distributed.Heed,
 ) -> None:
     """Train and validate the epochs that are left, each saved at its end."""
     while len(run.history) < total_epochs(config):
-        train_epoch(run, config, train_set, save, heed)
+        train_epoch(run, config, train_set, heed)
         finish_epoch(run, config, folder, val_set, heed)
         save()
-        write_metrics(folder / "metrics.jsonl", run.history)
+        distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
         if config.tensorboard:
-            write_tensorboard(folder, run.history)
+            distributed.in_main(write_tensorboard, folder, run.history)
 
 
 class Progress:
@@ -336,7 +354,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         done = self.run.step - self.epoch * self.steps
         title = f"epoch {self.epoch + 1}/{total_epochs(self.config)}"
-        hidden = not sys.stdout.isatty()
+        hidden = not sys.stdout.isatty() or not distributed.is_main()
         self.bar = tqdm.tqdm(
             total=self.steps, initial=done, desc=title, disable=hidden, file=sys.stdout, leave=False
         )
@@ -346,10 +364,13 @@ class Progress:
         self.bar.close()
 
     def tell(self, now: float) -> None:
-        """Write a line if one is due; the only place in an epoch that waits for the device."""
+        """Write a line if one is due; the only place in an epoch that waits for the device.
+
+        Loss and top-1 are those of the main process's images, for which it waits for no other.
+        """
         run, config = self.run, self.config
         self.bar.update()
-        if now - self.told_at < config.log_interval_s:
+        if now - self.told_at < config.log_interval_s or not distributed.is_main():
             return
         totals = read_totals(run.totals, "train")
         step_s = (now - self.told_at) / (run.step - self.told_step)
@@ -384,12 +405,14 @@ def finish_epoch(
     config: Config,
     folder: Path,
     val_set: image_files.ImageSet,
-    heed: Callable[[], None],
+    heed: distributed.Heed,
 ) -> None:
     """Validate, add the epoch's row to the history and the screen, and keep its weights."""
-    train = read_totals(run.totals, "train")
-    trouble = run.totals["trouble"].tolist()
-    refuse_trouble(run, trouble)
+    totals = totals_of_all(run.totals)
+    train, trouble = read_totals(totals, "train"), totals["trouble"].tolist()
+    with distributed.agreed():
+        refuse_trouble(run, trouble)
+    distributed.copy_from_main(run.model.buffers())
     started = time.monotonic()
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     val = evaluate(run.model, val_batches, run.device, run.precision, heed)
@@ -409,7 +432,7 @@ def finish_epoch(
     improved = row["val_top1"] > max((row["val_top1"] for row in run.history), default=-1.0)
     weights = checkpoint.encode(run.model.model.state_dict())
     for name in ("last.pt", "best.pt") if improved else ("last.pt",):
-        write_atomically(folder / name, weights)
+        distributed.in_main(write_atomically, folder / name, weights)
     run.history.append(row)
     run.elapsed_s += val_s
     run.epoch_s = 0.0
@@ -427,6 +450,18 @@ def finish_epoch(
 
 
 # ------------------------------------------------------------------------------ before training
+
+
+def open_images(
+    config: Config, state: dict[str, Any] | None
+) -> tuple[image_files.ImageSet, image_files.ImageSet, list[str]]:
+    """As image_files.open_images; the main process checks the files for all others."""
+    with distributed.agreed():
+        known = state and state["images"]["skipped"]
+        opened = distributed.in_main(image_files.open_images, config, known)
+    skipped = distributed.from_main(lambda: opened[2])
+    with distributed.agreed():
+        return opened if distributed.is_main() else image_files.open_images(config, skipped)
 
 
 def steps_left(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
@@ -469,7 +504,7 @@ def choose_device(config: Config) -> torch.device:
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.benchmark = True  # picks the fastest kernels for the sizes it meets
-    return torch.device("cuda")
+    return distributed.choose_gpu()
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
@@ -494,6 +529,8 @@ def new_run(config: Config, num_classes: int) -> Run:
     torch.manual_seed(config.seed)
     model = ResNet50Wrapper(num_classes, config.zero_init_residual)
     model = model.to(device, memory_format=torch.channels_last)
+    if config.sync_batchnorm:
+        distributed.synchronise_batchnorm(model, device)
     optimizer = torch.optim.SGD(
         model.parameters(),
         config.max_lr,
@@ -506,14 +543,18 @@ def new_run(config: Config, num_classes: int) -> Run:
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    run = Run(model, optimizer, scaler, device, precision, new_totals(device))
+    training_model = distributed.data_parallel(model, device)
+    totals, micro = new_totals(device), config.micro_batch_size
+    run = Run(model, optimizer, scaler, device, precision, totals, training_model, micro)
     if config.compile:
-        run.compiled, run.compiled_batch_size = compiled(model, device), config.batch_size
+        run.compiled = compiled(training_model, device)
+        share = len(distributed.share(np.arange(config.batch_size)))
+        run.compiled_batch_size = -(-share // distributed.micro_batches(config.batch_size, micro))
     return run
 
 
 def compiled(
-    model: ResNet50Wrapper, device: torch.device
+    model: torch.nn.Module, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model through torch.compile, which shares its weights and leaves their names alone.
 
@@ -535,7 +576,7 @@ def compiled(
 def resume(run: Run, state: dict[str, Any], folder: Path) -> None:
     """Take a run to where its checkpoint was saved."""
     run.load(state)
-    write_metrics(folder / "metrics.jsonl", run.history)
+    distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
     log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
     if state["precision"] != run.precision:
         log.warning("it began in %s: its results will differ a little", state["precision"])
@@ -568,14 +609,14 @@ def dry_run(
 
 
 def advise_batch_size(run: Run, config: Config, setting: str) -> str:
-    """What to do about `batch_size` or `val_batch_size`, for which the GPU's memory is too small.
+    """What to do about a setting of a batch, for which the GPU's memory is too small.
 
     Tries ever smaller batches, each an eighth smaller, with this run, which is over.
     """
     size = asked = getattr(config, setting)
     # The last evaluation is in fp32.
     precision = "fp32" if len(run.history) == total_epochs(config) else run.precision
-    px = config.train_px if setting == "batch_size" else config.val_px
+    px = config.val_px if setting == "val_batch_size" else config.train_px
     while size > 2:
         size = max(2, size * 7 // 8)
         if run.device.type == "cuda":
@@ -583,7 +624,7 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
         try:
             images = torch.zeros(size, px, px, 3, dtype=torch.uint8, device=run.device)
             labels = torch.zeros(size, dtype=torch.int64, device=run.device)
-            if setting == "batch_size":
+            if setting != "val_batch_size":
                 train_step(run, images, labels, 0.0).item()
             else:
                 evaluate(run.model, iter([(images, labels)]), run.device, precision, bool)
@@ -607,13 +648,17 @@ def report(
     config: Config,
     folder: Path,
     val_set: image_files.ImageSet,
-    heed: Callable[[], None],
+    heed: distributed.Heed,
 ) -> None:
     """Evaluate the best weights once more, as read from the disk and in fp32; write result.json."""
-    try:
-        model = load_weights(folder / "best.pt", len(val_set.classes))
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{error}: the last evaluation needs it", EXIT_FAILED) from None
+
+    def load() -> ResNet50Wrapper:
+        try:
+            return load_weights(folder / "best.pt", len(val_set.classes))
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"{error}: the last evaluation needs it", EXIT_FAILED) from None
+
+    model = distributed.from_main(load)
     model = model.to(run.device, memory_format=torch.channels_last)
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     torch.backends.cudnn.allow_tf32 = False  # which a GPU would otherwise take for fp32
@@ -629,7 +674,7 @@ def report(
         "elapsed_s": run.elapsed_s,
         "price_usd": run.spent_usd,
     }
-    write_json(folder / "result.json", result)
+    distributed.in_main(write_json, folder / "result.json", result)
     log.info(
         "finished in %s%s: best.pt, of epoch %d, has loss %.4f, top-1 %.2f %% and top-5 %.2f %% on "
         "%s validation images",
@@ -689,73 +734,101 @@ def over(config: Config, folder: Path, state: dict[str, Any] | None) -> int | No
 def main() -> None:
     """Train a run to its end, from wherever it stands."""
     requests = interruption.note_signals(nothing_to_save=True)
-    options = parse_options(TrainerOptions, __doc__)
-    start_log(None)
-    check_config(options.config)
-    choose_precision(options.config, choose_device(options.config))
-    folder = run_folder(options.config.runs_folder, options.config.name)
+    distributed.start()
+    in_main, from_main = distributed.in_main, distributed.from_main
+    with distributed.agreed():
+        options = parse_options(TrainerOptions, __doc__)
+        start_log(None)
+        check_config(options.config)
+        distributed.refuse_several("--dry-run", options.dry_run)
+        choose_precision(options.config, choose_device(options.config))
+        folder = run_folder(options.config.runs_folder, options.config.name)
+        copies = in_main(mirror.start, "" if options.dry_run else options.config.mirror, folder)
 
-    copies = mirror.start("" if options.dry_run else options.config.mirror, folder)
-    state = checkpoint.load_latest(folder / "checkpoints", tidy=not options.dry_run)
-    config = take_max_lr(options.config, folder, state)
+    state = from_main(checkpoint.load_latest, folder / "checkpoints", tidy=not options.dry_run)
+    config = from_main(take_max_lr, options.config, folder, state)
     if state is not None:
         # Settings that are younger than the checkpoint do at their defaults what was done before.
         state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
-    if not options.dry_run and (exit_code := over(config, folder, state)) is not None:
+    exit_code = None if options.dry_run else from_main(over, config, folder, state)
+    if exit_code is not None:
         copies.finish(mirror.COMPLETED_S)
+        distributed.wait_for_all()
         sys.exit(exit_code)
-    train_set, val_set, skipped = image_files.open_images(
-        config, state and state["images"]["skipped"]
-    )
+    train_set, val_set, skipped = open_images(config, state)
     images = {"train": train_set.fingerprint(), "val": val_set.fingerprint(), "skipped": skipped}
-    if state is not None and not options.dry_run:
-        checkpoint.check_images(state, images)
-    run = new_run(config, len(train_set.classes))
+    with distributed.agreed():
+        if state is not None and not options.dry_run:
+            checkpoint.check_images(state, images)
+        distributed.check_shares(config, len(train_set))
+        run = new_run(config, len(train_set.classes))
+    distributed.check_same(images=images, precision=run.precision)
     hardware = preflight.describe_hardware(run.device, run.precision)
     if options.dry_run:
         preflight.describe_run(config, hardware, train_set, val_set, skipped)
         dry_run(run, config, folder, state, images, train_set, val_set)
 
-    preflight.check_open_files(config.workers)
-    checkpoint.prepare_folder(folder, preflight.WEIGHTS_BYTES)
-    lock = checkpoint.lock(folder)
-    checkpoint.check_newest(folder / "checkpoints", state)
-    start_log(folder / "train.log")
-    save_config(folder, config, train_set.classes, hardware)
+    with distributed.agreed():
+        preflight.check_open_files(config.workers)
+        in_main(checkpoint.prepare_folder, folder, preflight.WEIGHTS_BYTES)
+        lock = in_main(checkpoint.lock, folder)
+        checkpoint.check_newest(folder / "checkpoints", state)  # nor may another machine's be newer
+        in_main(start_log, folder / "train.log")
+        in_main(save_config, folder, config, train_set.classes, hardware)
     preflight.describe_run(config, hardware, train_set, val_set, skipped)
     if state is not None:
         resume(run, state, folder)
 
-    interruption.watch_ec2(requests)
-    steps_and_epochs = run.step, len(run.history)
-    session = sessions.Session(folder, config.price_per_hour, hardware, *steps_and_epochs)
-    run.spent_usd = session.beat(*steps_and_epochs)
+    distributed.once_a_machine(interruption.watch_ec2, requests)
+    stands = run.step, len(run.history)
+    session = in_main(sessions.Session, folder, config.price_per_hour, hardware, *stands)
+    run.spent_usd = session.beat(*stands) or 0.0
     copies.copy()  # what the last start did not come to copy
-    saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
+    saver = in_main(checkpoint.BackgroundSaver, folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
+    saved_step, saved_at = run.step, time.monotonic()
 
     def save() -> None:
+        nonlocal saved_step, saved_at
+        state = run.state()
         # What a GPU has counted but not yet told; the copies of the state wait for it too.
-        refuse_trouble(run, run.totals["trouble"].tolist())
+        refuse_trouble(run, state["totals"]["trouble"].tolist())
         session.beat(run.step, len(run.history), now=True)
-        saver.save({**run.state(), **identity})
+        saver.save({**state, **identity})
+        saved_step, saved_at = run.step, time.monotonic()
 
-    def heed() -> None:
-        """Stop or save as asked; stop if the last save failed, or the budget is spent."""
-        saver.check()
-        run.spent_usd = session.beat(run.step, len(run.history))
-        if requests.stop or 0 < config.budget_usd <= run.spent_usd:
+    def heed(failure: Exception | None) -> None:
+        """Raise what some process ran into; stop or save, as asked or due: all at the same step."""
+        try:
+            saver.check()
+            refuse_trouble(run, trouble_seen(run))
+        except (UserError, OSError) as error:
+            failure = failure or error
+        run.spent_usd = session.beat(run.step, len(run.history)) or 0.0
+        over_budget = 0 < config.budget_usd <= run.spent_usd
+        seconds = time.monotonic() - saved_at
+        due = run.step > saved_step and seconds >= 60 * config.checkpoint_minutes
+        failed, stop, over_budget, asked, due = distributed.any_of(
+            failure is not None, requests.stop, over_budget, requests.save, due
+        )
+        if failed:
+            distributed.raise_in_all(failure)
+        requests.stop |= stop
+        if stop or over_budget:
             raise Interrupted
-        if requests.save:
+        if asked:
             requests.save = False  # before saving: a request that comes meanwhile is another one
             started = time.monotonic()
             save()
             saver.wait()
             seconds = time.monotonic() - started
             log.info("saved after step %d, as asked, in %.1f s", run.step, seconds)
+        elif due:
+            save()
 
     requests.nothing_to_save = False
     short_of_memory = False
+    exit_code = 0
     last_copies_s = mirror.INTERRUPTED_S
     with contextlib.ExitStack() as at_end:  # each is called, whatever the others raise
         at_end.callback(lock.close)
@@ -772,18 +845,25 @@ def main() -> None:
             save()
             saver.wait()
             last_copies_s = mirror.INTERRUPTED_S if requests.stop else mirror.FINISHED_S
-            sys.exit(say_interrupted(run, config, requests, session))
+            exit_code = say_interrupted(run, config, requests, session)
         except UserError as error:
             if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
                 save()
             raise
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            distributed.refuse_lost(error)
+            # Of several processes, the others wait for this step.
+            if not isinstance(error, torch.OutOfMemoryError) or distributed.processes() > 1:
+                raise
             short_of_memory = True
             if not run.model.training:  # in validation; a step broken off would be half done
                 save()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
-        setting = "batch_size" if run.model.training else "val_batch_size"
+        setting = "micro_batch_size" if config.micro_batch_size else "batch_size"
+        setting = setting if run.model.training else "val_batch_size"
         raise UserError(advise_batch_size(run, config, setting))
+    distributed.wait_for_all()  # torchrun ends the main process if another ends before it
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

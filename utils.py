@@ -83,11 +83,18 @@ class Config:
     extra_epochs: int = 0
     """more epochs once these have ended, as a second, shorter OneCycle: extends a finished run"""
     batch_size: int = 448
-    """images in a training step"""
+    """images in a training step, over all processes"""
+    micro_batch_size: int = 0
+    """most images that a process computes at once, its share of a batch then in equal parts whose
+    gradients are added up; 0: the whole share"""
+    sync_batchnorm: bool = False
+    """where several processes share a batch, normalise by the statistics of all its images that are
+    computed at once, not by each process's own"""
     val_batch_size: int = 512
     """images in a batch of validation; the counts do not depend on it"""
     max_lr: float = 0.175
-    """peak of the OneCycle learning rate; 0.175 made the reference run's table"""
+    """peak of the OneCycle learning rate, which goes with batch_size, whatever the number of
+    processes; 0.175 made the reference run's table"""
     max_lr_from_finder: bool = False
     """take max_lr from the run's lr_finder.json"""
     momentum: float = 0.9
@@ -129,7 +136,7 @@ class Config:
     seed: int = 0
     """seed of the first weights, the order of the images, the crops and the flips"""
     workers: int = 12
-    """threads that decode images; 0 decodes in the training thread"""
+    """threads that decode images, in each process; 0 decodes in the training thread"""
     skip_bad_images: bool = False
     """decode every image before the first epoch and leave out those that cannot be read"""
     checkpoint_minutes: float = 10.0
@@ -140,7 +147,8 @@ class Config:
     log_interval_s: float = 10.0
     """seconds between two progress lines"""
     price_per_hour: float = 0.97
-    """US dollars an hour of the machine, for the price in the progress line; 0 leaves it out"""
+    """US dollars an hour of the machine, or of all machines of the run together, for the price in
+    the progress line; 0 leaves it out"""
     budget_usd: float = 0.0
     """US dollars at which the run stops with everything saved; 0: no budget"""
     tensorboard: bool = False
@@ -151,7 +159,7 @@ class Config:
 RESULT_SETTINGS = frozenset(
     {
         *("epochs", "extra_epochs", "batch_size", "max_lr", "momentum", "weight_decay"),
-        *("pct_start", "div_factor", "final_div_factor"),
+        *("pct_start", "div_factor", "final_div_factor", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
         *("crop_min_scale", "flip", "zero_init_residual", "precision", "seed", "skip_bad_images"),
     }
@@ -159,7 +167,9 @@ RESULT_SETTINGS = frozenset(
 
 # Settings that a resumed run may change: they do not touch what the model learns, but that another
 # device, or compiled code, adds up in another order, and `auto` may choose another precision there.
-# Where the images lie is among them, since which images they are is compared by itself.
+# Where the images lie is among them, since which images they are is compared by itself. So is
+# micro_batch_size, which goes with the number of processes: after a change of either, BatchNorm may
+# see other images together.
 FREE_SETTINGS = frozenset(
     {
         "recipe",
@@ -169,6 +179,7 @@ FREE_SETTINGS = frozenset(
         "val_folder_name",
         "max_lr_from_finder",
         "val_batch_size",
+        "micro_batch_size",
         "device",
         "compile",
         "workers",
@@ -292,7 +303,7 @@ def check_config(config: Config) -> None:
     if config.batch_size == 1:
         raise UserError("batch_size is 1: it must be 2 or more, for BatchNorm's statistics")
     not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
-    for field in (*not_negative, "price_per_hour", "budget_usd"):
+    for field in (*not_negative, "micro_batch_size", "price_per_hour", "budget_usd"):
         value = getattr(config, field)
         if not 0 <= value < math.inf:
             raise UserError(f"{field} is {value}: it must be 0 or more")
@@ -348,13 +359,15 @@ def run_stage(main: Callable[[], None]) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
             raise
         _end(
-            "the GPU has too little memory: use a smaller --batch-size, --val-batch-size or "
-            "--train-px, or end what else runs on it (see nvidia-smi)",
+            "the GPU has too little memory: use a smaller --micro-batch-size, --batch-size, "
+            "--val-batch-size or --train-px, or end what else runs on it (see nvidia-smi)",
             EXIT_USER_ERROR,
         )
 
 
 def _end(text: str, exit_code: int) -> None:
+    if not text:  # another process of the run says it
+        sys.exit(exit_code)
     line = f"error: {' '.join(text.split())}"
     with contextlib.suppress(OSError):  # a full disk may hold this output too
         print(line, file=sys.stderr, flush=True)

@@ -339,6 +339,10 @@ def run_stage(main: Callable[[], None]) -> None:
         _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # What is left of the output would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end("nobody reads this output any more", EXIT_FAILED)
     except OSError as error:
         if error.errno not in USERS_TO_MEND:
             raise

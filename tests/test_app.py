@@ -445,6 +445,12 @@ def test_a_request_that_is_no_upload_is_short(app: App) -> None:
     assert send(app, call, body) >= 400  # not announced
 
 
+def test_nobody_is_told_how_often_it_was_asked(app: App) -> None:
+    running = stress_app.App(urlsplit(app.url).port, app.pid)
+    for path in ("/monitoring", "/monitoring/summary"):
+        assert stress_app.request(running, "GET", path, None, "")[0] == 403, path
+
+
 def test_nothing_is_written_beside_the_app(app: App) -> None:
     names = {path.name for path in app.folder.iterdir()} - {"__pycache__"}
     shipped = {path.name for path in APP_FOLDER.iterdir()} - {"__pycache__"}

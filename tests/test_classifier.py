@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from exports import BLUE, MEAN, RED, STD, write_top_half_colour
-from pictures import encode, jpeg, scene, turned
+from pictures import encode, jpeg, scene, turned, with_scans
 from PIL import Image, ImageChops
 from torchvision import transforms
 
@@ -215,13 +215,6 @@ def png_of_size(width: int, height: int) -> bytes:
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
     )
-
-
-def with_scans(count: int, before: bytes = b"") -> bytes:
-    """A progressive JPEG whose last scan comes `count` times, the first time after `before`."""
-    content = jpeg(scene(60, 80), progressive=True)
-    start = content.rindex(b"\xff\xda")
-    return content[:start] + before + content[start:-2] * count + content[-2:]
 
 
 def test_a_phones_film_behind_the_picture_is_no_scan() -> None:

@@ -404,6 +404,9 @@ def test_what_cannot_be_deployed(
     export = tmp_path / "runs/first/export"
     (export / "model.onnx").write_bytes(b"another")
     assert "is not the file that model.json describes" in command("deploy", code=2)
+    for described in ("[]", '{"formats": 5}', '{"formats": {"onnx": {}}}'):
+        (export / "model.json").write_text(described)
+        assert "no model.json about it" in command("deploy", code=2)
     (export / "model.onnx").unlink()
     assert "python3 generate_trace_model.py --name first" in command("deploy", code=2)
     with open(export / "model.onnx", "wb") as file:

@@ -455,6 +455,25 @@ def read_json(path: Path) -> Any:
         raise UserError(_damaged(path)) from None
 
 
+def read_run(folder: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]] | None:
+    """Settings, classes and the whole of a run's config.json; None if there is none.
+
+    Raises UserError if it is damaged, or of no run that this code knows.
+    """
+    path = folder / "config.json"
+    record = read_json(path)
+    if record is None:
+        return None
+    try:
+        config, classes = Config(**record["config"]), tuple(record["classes"])
+        check_config(config)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} has not the settings and classes of a run: bring back a copy"
+        ) from None
+    return config, classes, record
+
+
 def _damaged(path: Path) -> str:
     return f"{path} is damaged: remove it, and run the command that wrote it again"
 

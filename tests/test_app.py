@@ -411,6 +411,20 @@ def test_sixty_hostile_files_and_requests(deployment: Path, tmp_path: Path) -> N
     assert figures["outcomes"]["hostile files refused"] > 0 and figures["wrong"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("hostile", "--count", 0), "count is 0: it must be above 0"),
+        (("crowd", "--clients", -3), "clients is -3: it must be above 0"),
+        (("crowd", "--app-folder", "nowhere"), "no app.py in nowhere: name another --app-folder"),
+        (("crowd", "--output", "nowhere/x.json"), "no folder for --output nowhere/x.json"),
+    ],
+)
+def test_what_cannot_be_stressed_is_told(options: tuple[object, ...], said: str) -> None:
+    done = run_stage_command("scripts/stress_app.py", *options)
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
+
+
 def test_the_stress_notices_a_leak_and_a_missing_sentence() -> None:
     for answer in (
         stress_app.Answer(200, "error", '{"error": "Traceback (most recent call last)"}'),

@@ -56,7 +56,7 @@ def test_mistakes_get_one_line(runs: Path, options: tuple[object, ...], said: st
     assert line.startswith("error: ") and line.endswith(said)
 
 
-def test_what_cannot_be_compared_is_told(runs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_compared_is_told(runs: Path, tmp_path: Path) -> None:
     assert export(runs, tmp_path).returncode == 0
     (runs / "tiny/export/model.pt").write_bytes(b"x")
     for said in ("export again with", "names no ONNX file in its own folder: export again with"):

@@ -52,6 +52,7 @@ from utils import (
     parse_options,
     read_json,
     read_metrics,
+    read_run,
     run_folder,
     run_stage,
     write_atomically,
@@ -62,6 +63,7 @@ from utils import (
 # relative to the largest. ONNX Runtime has convolutions of its own, and BatchNorm folded into them.
 TOLERANCES = {"torchscript": 1e-5, "onnx": 1e-4, "pt2": 1e-5}
 LEAST_BATCH = 7  # images in a batch that the formats are compared on, beside one alone
+MAX_EXAMPLES = 100  # they are compared in one batch, which takes 10 MB of memory an image
 ONNX_OPSET = 18  # the exporter's own; later ones have nothing that ResNet-50 uses
 RESIZE_RULE = (
     "turn as EXIF says, put transparency on white, RGB; shorter side to resize_px, bilinear with "
@@ -283,23 +285,29 @@ def main() -> None:
     for key, url in links.items():
         if not re.fullmatch(r"https?://[^\s()<>]+", url):
             raise UserError(f"--{key.replace('_', '-')} {url!r} is no address: https://...")
+    if not 0 <= options.examples <= MAX_EXAMPLES:
+        raise UserError(f"examples is {options.examples}: it must be 0 to {MAX_EXAMPLES}")
     if not formats:
         raise UserError(f"no --formats: name one or several of {', '.join(EXPORTERS)}")
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name)
     if not options.name:
         print(f"exporting the most recent run: {name}")
-    record = read_json(folder / "config.json")
+    run = read_run(folder)
     weights = folder / f"{options.weights}.pt"
-    if record is None or not weights.exists():
+    if run is None or not weights.exists():
         raise UserError(f"no {weights}: train the run first with python3 trainer.py --name {name}")
-    config = Config(**record["config"])
-    classes = tuple(record["classes"])
+    config, classes, _ = run
     targets = {folder / "export": "--runs-folder"}
     if "onnx" in formats:
         targets[Path(options.app_folder)] = "--app-folder"
     for target, option in targets.items():
         check_writable(target, option)
+        if (target / "examples").exists() and not (target / "model.json").exists():
+            raise UserError(
+                f"{target}/examples is there, but no model.json beside it: it may be yours, and an "
+                f"export would replace it: move it away, or choose another {option}"
+            )
     accuracy = measured_accuracy(folder, options.weights)
     try:
         model = load_weights(weights, len(classes)).eval()
@@ -375,11 +383,16 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
     rows = read_metrics(path) if path.exists() else []
     if not rows:
         raise UserError(f"no epoch has finished yet: {path} is missing or empty")
-    row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
     result = read_json(folder / "result.json")
-    if weights == "best" and result is not None and result["epoch"] == row["epoch"]:
-        row = result  # the last evaluation: these weights, in fp32 as they are served
-    return {key: row[key] for key in ("epoch", "val_top1", "val_top5", "val_images")}
+    try:
+        row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
+        if weights == "best" and result is not None and result["epoch"] == row["epoch"]:
+            row = result  # the last evaluation: these weights, in fp32 as they are served
+        return {key: row[key] for key in ("epoch", "val_top1", "val_top5", "val_images")}
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path}, or result.json beside it, lacks an epoch or its accuracy: bring back a copy"
+        ) from None
 
 
 def write_export(

@@ -35,7 +35,7 @@ class ResNet50Wrapper(torch.nn.Module):
 def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     """A model with the weights of a file, which bear torchvision's own names; on the CPU.
 
-    Raises ValueError if the file is damaged.
+    Raises ValueError if the file is damaged, or is of another model or number of classes.
     """
     try:
         with zipfile.ZipFile(path) as file:  # its checksums, at which PyTorch does not look
@@ -47,7 +47,12 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     if damaged:
         raise ValueError(f"{path} is damaged: its content is not what was saved")
     model = ResNet50Wrapper(num_classes)
-    model.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        model.model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        classes = f"a ResNet-50 with {num_classes} classes"
+        raise ValueError(f"{path} has not the weights of {classes}") from None
     return model
 
 

@@ -6,16 +6,17 @@
 
 Reads model.onnx and model.json of runs/<name>/export/ (python3 generate_trace_model.py), or of
 --export, and prepares pictures as validation and the app do. A folder means the pictures in it and
-in its folders. A file that cannot be used is told on stderr, or as "error" in JSON; the others are
-answered, and the exit code is 1.
+in its folders, but for hidden files. A file that cannot be used is told on stderr, or as "error" in
+JSON; the others are answered, and the exit code is 1.
 """
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 from PIL import Image
@@ -48,15 +49,33 @@ class PredictOptions:
 
 
 def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files that are named, and those in named folders that are called like pictures."""
+    """The files that are named, and those in named folders that are called like pictures.
+
+    Raises OSError for a folder that cannot be read.
+    """
     endings = Image.registered_extensions()
+
+    def give_up(error: OSError) -> NoReturn:
+        raise error
+
     for path in paths:
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if endings.get(file.suffix.lower()) in classifier.PICTURE_FORMATS:
-                    yield file
-        else:
+        if not path.is_dir():
             yield path
+            continue
+        for file in sorted(
+            Path(folder, name)
+            for folder, _, names in os.walk(path, onerror=give_up)
+            for name in names
+        ):
+            is_picture = endings.get(file.suffix.lower()) in classifier.PICTURE_FORMATS
+            if is_picture and not file.name.startswith(".") and not file.is_fifo():
+                yield file
+
+
+def shown_name(file: Path) -> str:
+    """A file's name for the table: quoted if it holds a line break, or bytes that are no text."""
+    name = str(file)
+    return name if name.isprintable() else repr(name)
 
 
 def tell(
@@ -71,7 +90,7 @@ def tell(
         print(json.dumps({"file": str(file), "predictions": rows}), flush=True)
     else:
         shown = "   ".join(f"{one.label} {100 * one.probability:.1f} %" for one in predictions)
-        print(f"{file!s:<{width}}   {shown}", flush=True)
+        print(f"{shown_name(file):<{width}}   {shown}", flush=True)
 
 
 def tell_refusal(file: Path, reason: str, as_json: bool) -> None:
@@ -79,7 +98,7 @@ def tell_refusal(file: Path, reason: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"file": str(file), "error": reason}), flush=True)
     else:
-        print(f"{file}: {reason}", file=sys.stderr, flush=True)
+        print(f"{shown_name(file)}: {reason}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -98,15 +117,19 @@ def main() -> None:
     if folder is None:
         name = options.name or latest_run(options.runs_folder)
         folder = run_folder(options.runs_folder, name) / "export"
+        if not options.name:
+            print(f"asking the most recent run: {name}", file=sys.stderr, flush=True)
     try:
         session, export = classifier.load_export(folder)
     except classifier.ExportError as error:
         raise UserError(f"{error}: make it with python3 generate_trace_model.py") from None
-    width = max(len(str(file)) for file in files)
+    width = max(len(shown_name(file)) for file in files)
     refused = 0
     for file in files:
         try:
-            images, _ = classifier.preprocess(classifier.open_picture(file.read_bytes()), export)
+            with open(file, "rb") as opened:
+                content = opened.read(classifier.MAX_BYTES + 1)  # of a larger one no more
+            images, _ = classifier.preprocess(classifier.open_picture(content), export)
         except (classifier.RefusedError, OSError) as error:
             tell_refusal(file, getattr(error, "strerror", None) or str(error), options.json)
             refused += 1

@@ -350,6 +350,10 @@ def run_stage(main: Callable[[], None]) -> None:
         _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # What is left of the output would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end("nobody reads this output any more", EXIT_FAILED)
     except OSError as error:
         if error.errno not in USERS_TO_MEND:
             raise
@@ -462,6 +466,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError:  # bytes that are no text are one too
         raise UserError(_damaged(path)) from None
+
+
+def read_run(folder: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]] | None:
+    """Settings, classes and the whole of a run's config.json; None if there is none.
+
+    Raises UserError if it is damaged, or of no run that this code knows.
+    """
+    path = folder / "config.json"
+    record = read_json(path)
+    if record is None:
+        return None
+    try:
+        config, classes = Config(**record["config"]), tuple(record["classes"])
+        check_config(config)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} has not the settings and classes of a run: bring back a copy"
+        ) from None
+    return config, classes, record
 
 
 def _damaged(path: Path) -> str:

@@ -310,6 +310,7 @@ def main() -> None:
         app_kwargs={"middleware": [Middleware(BoundedRequests)]},
         state_session_capacity=MAX_SESSIONS,
         run_history=False,
+        enable_monitoring=False,  # else everybody may read how often it was asked
         footer_links=["api", "gradio", "settings"],
     )
 

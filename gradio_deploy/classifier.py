@@ -9,11 +9,13 @@ picture is prepared as in validation, to one grey level.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import struct
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +23,45 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+
+def is_text(value: Any) -> bool:
+    """Whether a value of model.json is a text."""
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, 0 or more; JSON as Python has it knows NaN and Infinity too."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def is_list_of(is_one: Callable[[Any], bool], value: Any) -> bool:
+    """Whether it is a list of such values, at least one."""
+    return isinstance(value, list) and bool(value) and all(map(is_one, value))
+
+
 MODEL_FORMAT = 1  # of model.json; the exporter counts it up when a key changes its meaning
-KEYS = (
-    *("name", "classes", "labels", "input_px", "resize_px", "mean", "std"),
-    *("weights", "epoch", "val_top1", "val_top5", "val_images", "formats"),
-)
+KEYS: dict[str, Callable[[Any], bool]] = {  # and what is read of them
+    "name": is_text,
+    "classes": lambda value: is_list_of(is_text, value),
+    "labels": lambda value: is_list_of(is_text, value),
+    "input_px": lambda value: type(value) is int and value > 0,
+    "resize_px": lambda value: type(value) is int and value > 0,
+    "mean": lambda value: is_list_of(is_number, value) and len(value) == 3,
+    "std": lambda value: is_list_of(is_number, value) and len(value) == 3 and min(value) > 0,
+    "weights": is_text,
+    "epoch": is_number,
+    "val_top1": is_number,
+    "val_top5": is_number,
+    "val_images": is_number,
+    "formats": lambda value: isinstance(value, dict),
+}
 
 # What browsers and cameras make. Pillow's other readers are rarely tested with hostile files, and
 # one of them (EPS) starts a program of its own.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# A marker and its kind (ITU T.81, annex B); fill bytes may come before it. In a scan's data 0xff is
+# followed by 0, or by a restart marker.
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)  # AVIF may begin like the last two
 MAX_BYTES = 20 << 20
 MAX_PIXELS = 50_000_000  # a phone's 48 megapixels; transparent, with the model, it takes 1 GB
@@ -39,6 +71,8 @@ MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of 
 # Pillow refuses at twice its limit; from the limit on it only warns.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# It says with lines of its own source that a picture's EXIF data is broken.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Exif 2.32, tag 0x0112.
 TURNS = {
@@ -67,40 +101,47 @@ class RefusedError(Exception):
 # ------------------------------------------------------------------------------ the model
 
 
+def read_export(folder: Path, model_json_sha256: str = "") -> tuple[dict[str, Any], Path, bytes]:
+    """model.json, and path and content of the ONNX file that it describes; raises ExportError.
+
+    A model_json_sha256 pins both files.
+    """
+    description = folder / "model.json"
+    content = read_file(description)
+    if model_json_sha256 and hashlib.sha256(content).hexdigest() != model_json_sha256.lower():
+        raise ExportError(f"{description} is not the one whose SHA-256 was given")
+    try:
+        export = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{description} is not JSON ({error})") from None
+    if not isinstance(export, dict) or export.get("format") != MODEL_FORMAT:
+        raise ExportError(f"{description} is not of format {MODEL_FORMAT}, which is read here")
+    if missing := [key for key in KEYS if key not in export]:
+        raise ExportError(f"{description} has no {', '.join(missing)}")
+    if wrong := [key for key, is_right in KEYS.items() if not is_right(export[key])]:
+        raise ExportError(f"{description} has what cannot be used as {', '.join(wrong)}")
+    if export["resize_px"] < export["input_px"]:
+        raise ExportError(f"{description} has a resize_px below its input_px")
+    described = export["formats"].get("onnx")
+    file = described.get("file") if isinstance(described, dict) else None
+    if not (isinstance(file, str) and re.fullmatch(r"\w[\w.-]{0,99}", file, re.ASCII)):
+        raise ExportError(f"{description} names no ONNX file in its own folder")
+    path = folder / file
+    content = read_file(path)
+    if hashlib.sha256(content).hexdigest() != described.get("sha256"):
+        raise ExportError(f"{path} is not the file that model.json describes (its sha256 differs)")
+    return export, path, content
+
+
 def load_export(
     folder: Path, threads: int = 0, model_json_sha256: str = ""
 ) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
     """The model and its model.json, after a check that the files in `folder` belong together.
 
     The model takes `images`, float32 (N, 3, input_px, input_px), and gives `logits`, float32
-    (N, classes). 0 threads: one for each CPU. A model_json_sha256 pins both files. Raises
-    ExportError.
+    (N, classes). 0 threads: one for each CPU. Raises ExportError.
     """
-    description = folder / "model.json"
-    try:
-        content = description.read_bytes()
-        if model_json_sha256 and hashlib.sha256(content).hexdigest() != model_json_sha256.lower():
-            raise ExportError(f"{description} is not the one whose SHA-256 was given")
-        export = json.loads(content)
-    except OSError as error:
-        raise ExportError(unreadable(description, error)) from None
-    except ValueError as error:
-        raise ExportError(f"{description} is not JSON ({error})") from None
-    if not isinstance(export, dict) or export.get("format") != MODEL_FORMAT:
-        raise ExportError(f"{description} is not of format {MODEL_FORMAT}, which is read here")
-    if missing := [key for key in KEYS if key not in export]:
-        raise ExportError(f"{description} has no {', '.join(missing)}")
-    if "onnx" not in export["formats"]:
-        raise ExportError(f"{description} names no ONNX file")
-
-    described = export["formats"]["onnx"]
-    path = folder / described["file"]
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ExportError(unreadable(path, error)) from None
-    if hashlib.sha256(content).hexdigest() != described["sha256"]:
-        raise ExportError(f"{path} is not the file that model.json describes (its sha256 differs)")
+    export, path, content = read_export(folder, model_json_sha256)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cpus()
     # Its threads would otherwise burn the CPU for a while after each picture.
@@ -113,16 +154,20 @@ def load_export(
         raise ExportError(f"{path} does not run ({str(error).strip().splitlines()[-1]})") from None
     if not logits.shape[1] == len(export["labels"]) == len(export["classes"]):
         raise ExportError(
-            f"{path} has {logits.shape[1]} outputs, {description.name} has "
+            f"{path} has {logits.shape[1]} outputs, model.json has "
             f"{len(export['labels'])} labels and {len(export['classes'])} classes"
         )
     return session, export
 
 
-def unreadable(path: Path, error: OSError) -> str:
-    """Why a file cannot be read."""
-    missing = isinstance(error, FileNotFoundError)
-    return f"{path} is missing" if missing else f"{path} cannot be read ({error.strerror})"
+def read_file(path: Path) -> bytes:
+    """The bytes of one of the export's files; raises ExportError."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ExportError(f"{path} is missing") from None
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def cpus() -> int:
@@ -153,7 +198,7 @@ def open_picture(content: bytes) -> Image.Image:
             "This is a HEIC photo, which is not read here: send it as a JPEG "
             "(on an iPhone: Settings, Camera, Formats, Most Compatible).",
         )
-    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if content[:2] == b"\xff\xd8" and has_many_scans(content):
         raise RefusedError(
             422, "This JPEG has too many scans: save it again in a program for pictures."
         )
@@ -180,6 +225,24 @@ def open_picture(content: bytes) -> Image.Image:
         raise RefusedError(
             422, "The picture is damaged or incomplete: send another copy of it."
         ) from None
+
+
+def has_many_scans(content: bytes) -> bool:
+    """Whether a JPEG has more than MAX_JPEG_SCANS; what comes behind its end does not count.
+
+    Phones put films there, in which the bytes that begin a scan come by chance.
+    """
+    if content.count(b"\xff\xda") <= MAX_JPEG_SCANS:
+        return False
+    scans, position = 0, 2
+    while scans <= MAX_JPEG_SCANS and (marker := JPEG_MARKER.search(content, position)):
+        kind, position = marker[1][0], marker.end()
+        if kind == 0xD9:  # end of image
+            return False
+        scans += kind == 0xDA
+        if kind >= 0xC0:  # others have no length, and libjpeg goes on right behind them
+            position += int.from_bytes(content[position : position + 2])
+    return scans > MAX_JPEG_SCANS
 
 
 def exif_turn(image: Image.Image) -> Image.Transpose | None:

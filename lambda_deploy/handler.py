@@ -42,9 +42,15 @@ def content_of(event: Any) -> bytes:
     """The bytes of the picture that an event means; raises RefusedError."""
     if not isinstance(event, dict) or "requestContext" not in event:  # aws lambda invoke
         return picture_of(event)
-    if event["requestContext"]["http"]["method"] != "POST":
-        refuse(405, "Send a picture with POST.")
     body = event.get("body") or ""
+    try:
+        method = event["requestContext"]["http"]["method"]
+    except (KeyError, TypeError):
+        method = None
+    if method is None or not isinstance(body, str):
+        refuse(400, "This is no event of a function URL (payload format 2.0).")
+    if method != "POST":
+        refuse(405, "Send a picture with POST.")
     in_base64 = event.get("isBase64Encoded")
     content = from_base64(body) if in_base64 else body.encode(errors="replace")
     if not content.strip():
@@ -82,8 +88,12 @@ def from_bucket(key: str) -> bytes:
     bucket = os.environ.get("IMAGE_BUCKET")
     if not bucket:
         refuse(400, "This function reads no bucket: send the picture itself.")
-    if not key or len(key.encode(errors="replace")) > 1024:
-        refuse(400, '"s3_key" must have 1 to 1,024 bytes.')
+    try:
+        is_key = 1 <= len(key.encode()) <= 1024
+    except UnicodeEncodeError:  # JSON can mean half a character
+        is_key = False
+    if not is_key:
+        refuse(400, '"s3_key" must have 1 to 1,024 bytes of UTF-8.')
     import boto3  # in Lambda's runtime; it takes a while, and most requests do without
     from botocore.exceptions import ClientError
 

@@ -10,7 +10,6 @@ are apart, in grey levels, and for how many photos the five likeliest classes ar
 same order. More than one grey level, or other classes, end with exit code 1.
 """
 
-import base64
 import dataclasses
 import importlib
 import json
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "gradio_deploy"))
 
 import classifier
+import lambda_runtime
 import stress_app
 
 import data
@@ -38,12 +38,11 @@ from utils import (
     EXIT_FAILED,
     MEAN,
     STD,
-    Config,
     UserError,
     describe_computer,
     latest_run,
     parse_options,
-    read_json,
+    read_run,
     run_folder,
     run_stage,
     versions,
@@ -71,20 +70,21 @@ class ServingOptions:
     """JSON file to write"""
 
 
-def exported(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def exported(
+    folder: Path, export: dict[str, Any]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """What each file of an export gives for a batch (N, 3, H, W): logits (N, classes)."""
-    formats = (read_json(folder / "model.json") or {"formats": {}})["formats"]
+    formats = export["formats"]
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if "torchscript" in formats:
         warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
         found["TorchScript"] = torch.jit.load(folder / "model.pt")
     if "pt2" in formats:
         found[".pt2"] = torch.export.load(folder / "model.pt2").module()
-    if "onnx" in formats:
-        session, _ = classifier.load_export(folder)
-        found["ONNX Runtime"] = lambda images: torch.from_numpy(
-            session.run(["logits"], {"images": images.numpy()})[0]
-        )
+    session, _ = classifier.load_export(folder)
+    found["ONNX Runtime"] = lambda images: torch.from_numpy(
+        session.run(["logits"], {"images": images.numpy()})[0]
+    )
     return found
 
 
@@ -100,12 +100,7 @@ def ask_app(app: stress_app.App, content: bytes, export: dict[str, Any]) -> list
 
 def ask_lambda(handler: Any, content: bytes) -> list[str]:
     """The five likeliest classes as the Lambda function gives them."""
-    event = {
-        "requestContext": {"http": {"method": "POST"}},
-        "body": base64.b64encode(content).decode(),
-        "isBase64Encoded": True,
-    }
-    answer = json.loads(handler.handler(event, None)["body"])
+    answer = json.loads(handler.handler(lambda_runtime.post(content), None)["body"])
     if "predictions" not in answer:
         raise UserError(f"the Lambda function did not answer: {answer['error']}", EXIT_FAILED)
     return [entry["class"] for entry in answer["predictions"]]
@@ -130,13 +125,22 @@ def main() -> None:
     options = parse_options(ServingOptions, __doc__)
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name)
-    record, export = read_json(folder / "config.json"), read_json(folder / "export/model.json")
-    if record is None or export is None:
-        raise UserError(f"no {folder}/export: make it with python3 generate_trace_model.py")
-    config, classes = Config(**record["config"]), record["classes"]
+    if options.count < 1:
+        raise UserError(f"count is {options.count}: it must be 1 or more")
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UserError(f"no folder for --output {options.output}")
+    run = read_run(folder)
+    if run is None:
+        raise UserError(f"no {folder}/config.json: name a run with --name")
+    config, classes, _ = run
     photos = image_files.open_image_set(options.photos or config.val_folder_name, "val")
-    model = load_weights(folder / f"{export['weights']}.pt", len(classes)).eval()
-    files = exported(folder / "export")
+    try:
+        export, *_ = classifier.read_export(folder / "export")
+        model = load_weights(folder / f"{export['weights']}.pt", len(classes)).eval()
+        files = exported(folder / "export", export)
+    except (classifier.ExportError, ValueError, OSError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"{told}: export again with python3 generate_trace_model.py") from None
     std = np.array(STD).reshape(3, 1, 1)
     indices = np.unique(np.linspace(0, len(photos.labels) - 1, options.count).astype(int)).tolist()
     same = dict.fromkeys([*files, "predict.py", "app", "Lambda"], 0)
@@ -150,11 +154,14 @@ def main() -> None:
             for index in indices:
                 content = bytes(photos.read(index)[0])
                 shown = np.empty((config.val_px, config.val_px, 3), np.uint8)
-                data.fill_val(config, image_files.encoded(content), 0, shown)
+                try:
+                    data.fill_val(config, image_files.encoded(content), 0, shown)
+                    served, _ = classifier.preprocess(classifier.open_picture(content), export)
+                except (classifier.RefusedError, ValueError, OSError) as error:
+                    raise UserError(f"{photos.path(index)}: {error}") from None
                 images = data.normalize(torch.from_numpy(shown)[None]).contiguous()
                 logits = model(images)[0]
                 expected = [classes[i] for i in logits.argsort(descending=True)[:TOP]]
-                served, _ = classifier.preprocess(classifier.open_picture(content), export)
                 apart = 255 * np.abs(served[0] - images[0].numpy()) * std
                 grey_levels = max(grey_levels, float(apart.max()))
                 answers = {

@@ -52,6 +52,7 @@ from utils import (
     parse_options,
     read_json,
     read_metrics,
+    read_run,
     run_stage,
     total_epochs,
     write_atomically,
@@ -85,11 +86,11 @@ class PushOptions:
 
 def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
     """The repo's files by their names; raises UserError if the run lacks something."""
-    record = read_json(folder / "config.json")
+    run = read_run(folder)
     path = folder / f"{weights}.pt"
-    if record is None or not path.exists():
+    if run is None or not path.exists():
         raise UserError(f"no {path}: name a run's folder, such as runs/NAME, that has weights")
-    config, classes = Config(**record["config"]), record["classes"]
+    config, classes, record = run
     accuracy = measured_accuracy(folder, weights)
     try:
         state = load_weights(path, len(classes)).model.state_dict()
@@ -99,7 +100,7 @@ def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
     draw({folder.resolve().name: read_curves(folder)}, reference=False).savefig(
         picture, format="png"
     )
-    about = timm_config(config, classes)
+    about = timm_config(config, list(classes))
     return {
         "README.md": write_card(folder, repo, weights, record, accuracy).encode(),
         "config.json": (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode(),

@@ -9,7 +9,7 @@ if it is not there, has in the end, after one commit:
 
     README.md           its head is the Space's configuration
     app.py, classifier.py, requirements.txt, .gitignore
-    model.json          and the ONNX file that it names, if its SHA-256 is the one that stands there
+    model.json          and the ONNX file that it names, after the checks that the app makes of them
     examples/           pictures
 
 and nothing else: what the folder has beside these is not sent, and what the Space has beside these
@@ -23,7 +23,6 @@ a new Space is asked to run on; without it, the hub's free CPU.
 """
 
 import dataclasses
-import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,14 +32,15 @@ import tyro
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "gradio_deploy"))
 
+import classifier
 import pushing
 
-from utils import UserError, parse_options, read_json, run_stage
+from utils import UserError, parse_options, run_stage
 
 APP_FILES = ("app.py", "classifier.py", "requirements.txt", "README.md", ".gitignore")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # that every browser shows
-EXPORT = "run `python3 generate_trace_model.py` first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,10 @@ def make_files(folder: Path) -> dict[str, bytes]:
     for name in APP_FILES:
         if not (folder / name).is_file():
             raise UserError(f"no {folder / name}: name the app's folder with --app-folder")
-    model = read_model(folder)
+    try:
+        _, model, content = classifier.read_export(folder)
+    except classifier.ExportError as error:
+        raise UserError(f"{error}: run `python3 generate_trace_model.py` first") from None
     pictures = sorted(
         path
         for path in (folder / "examples").glob("[!.]*")
@@ -72,30 +75,9 @@ def make_files(folder: Path) -> dict[str, bytes]:
     )
     return {
         **{name: (folder / name).read_bytes() for name in (*APP_FILES, "model.json")},
-        **model,
+        model.name: content,
         **{f"examples/{path.name}": path.read_bytes() for path in pictures},
     }
-
-
-def read_model(folder: Path) -> dict[str, bytes]:
-    """The ONNX file that model.json names, by its name; UserError if it is not that file."""
-    description = folder / "model.json"
-    export = read_json(description)
-    if export is None:
-        raise UserError(f"no {description}: {EXPORT}")
-    try:
-        name, sha256 = (export["formats"]["onnx"][key] for key in ("file", "sha256"))
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{description} names no ONNX file, which the app reads: {EXPORT}"
-        ) from None
-    path = folder / Path(name).name
-    if not path.is_file():
-        raise UserError(f"no {path}, which {description} names: {EXPORT}")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{path} is not the file that {description} describes: {EXPORT}")
-    return {path.name: content}
 
 
 def read_head(path: Path) -> dict[str, Any]:

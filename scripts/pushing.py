@@ -187,5 +187,10 @@ def ask(repo: str, changes: Mapping[str, list[str]], yes: bool) -> None:
         print(question)
     elif not sys.stdin.isatty():
         raise UserError(f"{question}: give --yes to go on; nothing was sent")
-    elif input(f"{question}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("nothing was sent")
+    else:
+        try:
+            answer = input(f"{question}. Go on? [y/N] ")
+        except EOFError:  # Ctrl-D
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
+            raise UserError("nothing was sent")

@@ -469,6 +469,13 @@ def is_up(app: App) -> bool:
 def main() -> None:
     """Start the app, send what was asked for, say what went wrong."""
     options = parse_options(StressOptions, __doc__)
+    for name in SETTINGS[options.kind]:
+        if name != "seed" and getattr(options, name) <= 0:
+            raise UserError(f"{name} is {getattr(options, name)}: it must be above 0")
+    if not (Path(options.app_folder) / "app.py").is_file():
+        raise UserError(f"no app.py in {options.app_folder}: name another --app-folder")
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UserError(f"no folder for --output {options.output}")
     with start_app(Path(options.app_folder)) as app:
         drill: Callable[[], Drill] = {
             "hostile": lambda: hostile(app, options.count, options.seed),

@@ -95,3 +95,10 @@ def turned(upright: Image.Image, orientation: int) -> tuple[Image.Image, Image.E
 
 
 SCENE = scene(60, 84)
+
+
+def with_scans(count: int, before: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes `count` times, the first time after `before`."""
+    content = jpeg(scene(60, 80), progressive=True)
+    start = content.rindex(b"\xff\xda")
+    return content[:start] + before + content[start:-2] * count + content[-2:]

@@ -411,6 +411,20 @@ def test_sixty_hostile_files_and_requests(deployment: Path, tmp_path: Path) -> N
     assert figures["outcomes"]["hostile files refused"] > 0 and figures["wrong"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("hostile", "--count", 0), "count is 0: it must be above 0"),
+        (("crowd", "--clients", -3), "clients is -3: it must be above 0"),
+        (("crowd", "--app-folder", "nowhere"), "no app.py in nowhere: name another --app-folder"),
+        (("crowd", "--output", "nowhere/x.json"), "no folder for --output nowhere/x.json"),
+    ],
+)
+def test_what_cannot_be_stressed_is_told(options: tuple[object, ...], said: str) -> None:
+    done = run_stage_command("scripts/stress_app.py", *options)
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
+
+
 def test_the_stress_notices_a_leak_and_a_missing_sentence() -> None:
     for answer in (
         stress_app.Answer(200, "error", '{"error": "Traceback (most recent call last)"}'),
@@ -443,6 +457,12 @@ def test_a_request_that_is_no_upload_is_short(app: App) -> None:
     assert send(app, call, body[:100], **{"Content-Length": str(len(body))}) == 413
     assert send(app, f"{call}/upload", body[:100], **{"Content-Length": "30000000"}) == 413
     assert send(app, call, body) >= 400  # not announced
+
+
+def test_nobody_is_told_how_often_it_was_asked(app: App) -> None:
+    running = stress_app.App(urlsplit(app.url).port, app.pid)
+    for path in ("/monitoring", "/monitoring/summary"):
+        assert stress_app.request(running, "GET", path, None, "")[0] == 403, path
 
 
 def test_nothing_is_written_beside_the_app(app: App) -> None:

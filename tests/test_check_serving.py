@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from conftest import run_stage_command
 from test_generate_trace_model import export, runs  # noqa: F401
 
@@ -36,3 +37,33 @@ def test_all_give_the_models_answers(runs: Path, tmp_path: Path) -> None:
     assert done.stderr == "error: what is served differs from what was measured\n"
     figures = json.loads((tmp_path / "serving.json").read_text())
     assert figures["grey_levels_apart"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--count", 0), "count is 0: it must be 1 or more"),
+        (("--name", "other"), "/other/config.json: name a run with --name"),
+        (("--output", "nowhere/serving.json"), "no folder for --output nowhere/serving.json"),
+    ],
+)
+def test_mistakes_get_one_line(runs: Path, options: tuple[object, ...], said: str) -> None:
+    done = run_stage_command(
+        *("scripts/check_serving.py", "--runs-folder", runs, "--name", "tiny", *options)
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and line.endswith(said)
+
+
+def test_what_cannot_be_compared_is_told(runs: Path, tmp_path: Path) -> None:
+    assert export(runs, tmp_path).returncode == 0
+    (runs / "tiny/export/model.pt").write_bytes(b"x")
+    for said in ("export again with", "names no ONNX file in its own folder: export again with"):
+        done = check(runs, tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert f"{said} python3 generate_trace_model.py\n" in done.stderr
+        path = runs / "tiny/export/model.json"
+        described = json.loads(path.read_text())
+        described["formats"].pop("onnx", None)
+        path.write_text(json.dumps(described))

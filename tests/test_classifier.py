@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from exports import BLUE, MEAN, RED, STD, write_top_half_colour
-from pictures import encode, jpeg, scene, turned
+from pictures import encode, jpeg, scene, turned, with_scans
 from PIL import Image, ImageChops
 from torchvision import transforms
 
@@ -60,6 +61,19 @@ def not_onnx(folder: Path) -> None:
         (describe(format=2), "is not of format 1"),
         (describe(mean=None, std=None), "has no mean, std"),
         (describe(formats={"torchscript": {}}), "names no ONNX file"),
+        (describe(formats=["onnx"]), "cannot be used as formats"),
+        (describe(formats={"onnx": "model.onnx"}), "names no ONNX file"),
+        (describe(formats={"onnx": {"file": "../model.onnx"}}), "names no ONNX file"),
+        (describe(formats={"onnx": {"file": 5}}), "names no ONNX file"),
+        (describe(formats={"onnx": {"file": "model.onnx"}}), "its sha256 differs"),
+        (describe(input_px="32", resize_px=0), "cannot be used as input_px, resize_px"),
+        (describe(resize_px=31), "has a resize_px below its input_px"),
+        (describe(mean=[0.5, 0.4], std=[0.2, 0.2, 0]), "cannot be used as mean, std"),
+        (describe(val_top1="81", val_images=[5]), "cannot be used as val_top1, val_images"),
+        (describe(labels=[["red"], ["green"], ["blue"]]), "cannot be used as labels"),
+        (describe(name=5, classes={}), "cannot be used as name, classes"),
+        (lambda f: (f / "model.json").write_text("[" * 100_000), "model.json is not JSON"),
+        (lambda f: (f / "model.json").write_bytes(b'{"name": "\xff"}'), "model.json is not JSON"),
         (lambda f: (f / "model.onnx").write_bytes(b"x"), "its sha256 differs"),
         (not_onnx, "model.onnx does not run"),
         (describe(input_px=33), "model.onnx does not run"),
@@ -203,6 +217,13 @@ def png_of_size(width: int, height: int) -> bytes:
     )
 
 
+def test_a_phones_film_behind_the_picture_is_no_scan() -> None:
+    photo = jpeg(scene(60, 80))
+    film = b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x0c" * 1000
+    assert classifier.open_picture(photo + film).size == (80, 60)
+    assert classifier.open_picture(with_scans(50)).size == (80, 60)
+
+
 def test_what_is_not_read_gets_a_status_and_a_sentence() -> None:
     photo = jpeg(scene(60, 80))
     cases = [
@@ -216,7 +237,9 @@ def test_what_is_not_read_gets_a_status_and_a_sentence() -> None:
         (png_of_size(10_000, 5_001), 413, "more than 50 million pixels"),
         (png_of_size(30_000, 30_000), 413, "more than 50 million pixels"),
         (encode(Image.new("L", (1, 5000)), "PNG"), 422, "100 times as long as wide"),
-        (photo[:2] + b"\xff\xda" * 65 + photo[2:], 422, "too many scans"),
+        (with_scans(65), 422, "too many scans"),
+        (with_scans(65, before=b"\xff\xe1\0\4\xff\xd9"), 422, "too many scans"),
+        (with_scans(65, before=b"\xff\x02\xff\x00"), 422, "too many scans"),
     ]
     for content, status, words in cases:
         with pytest.raises(classifier.RefusedError) as error:
@@ -227,8 +250,22 @@ def test_what_is_not_read_gets_a_status_and_a_sentence() -> None:
 
 def test_broken_exif_turns_nothing() -> None:
     picture = scene(60, 80)
-    found = classifier.open_picture(jpeg(picture, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(8)))
-    assert found.size == picture.size
+    for broken in (b"\xff\xff\xff\xff", b"\x08\0\0\0\xff\xff"):
+        found = classifier.open_picture(jpeg(picture, exif=b"Exif\0\0II*\0" + broken + bytes(8)))
+        assert found.size == picture.size
+
+
+def test_pillow_says_nothing_on_its_own(tmp_path: Path) -> None:
+    content = jpeg(scene(60, 80), exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(8))
+    (tmp_path / "photo.jpg").write_bytes(content)
+    program = "import classifier, sys; classifier.open_picture(open(sys.argv[1], 'rb').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "photo.jpg"],
+        cwd=Path(classifier.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------------------ answers

@@ -188,6 +188,8 @@ def test_options_that_cannot_be_used_are_told_first(
         (("--formats",), "no --formats: name one or several of torchscript, onnx, pt2"),
         (("--formats", "onnx", "tflite"), "tflite"),
         (("--code-url", "javascript:alert(1)"), "--code-url 'javascript:alert.1.' is no address"),
+        (("--examples", "-1"), "examples is -1: it must be 0 to 100"),
+        (("--examples", "1000"), "examples is 1000: it must be 0 to 100"),
     ):
         arguments = ["--runs-folder", str(runs), "--app-folder", str(tmp_path / "app")]
         command = ["generate_trace_model.py", *arguments, *options]
@@ -195,6 +197,43 @@ def test_options_that_cannot_be_used_are_told_first(
         with pytest.raises(utils.UserError, match=said):
             generate_trace_model.main()
     assert not (tmp_path / "app").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", "[]", "has not the settings and classes of a run"),
+        ("config.json", '{"config": {"epoch_count": 5}, "classes": []}', "has not the settings"),
+        ("config.json", '{"config": {"val_px": "64"}, "classes": []}', "has not the settings"),
+        ("config.json", '{"config": {}, "classes": ["a"]}', "not the weights of a .* 1 classes"),
+        ("metrics.jsonl", '{"epoch": 1}', "lacks an epoch or its accuracy"),
+        ("metrics.jsonl", "[1]", "lacks an epoch or its accuracy"),
+        ("result.json", '{"top1": 5}', "lacks an epoch or its accuracy"),
+    ],
+)
+def test_a_run_whose_files_were_altered_is_told(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, said: str
+) -> None:
+    shutil.copytree(
+        runs / "tiny", tmp_path / "runs/tiny", ignore=shutil.ignore_patterns("c*points")
+    )
+    (tmp_path / "runs/tiny" / file).write_text(content)
+    arguments = ["--runs-folder", str(tmp_path / "runs"), "--app-folder", str(tmp_path / "app")]
+    monkeypatch.setattr("sys.argv", ["generate_trace_model.py", *arguments])
+    with pytest.raises(utils.UserError, match=said):
+        generate_trace_model.main()
+
+
+def test_examples_that_are_no_exports_are_not_removed(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "app/examples").mkdir(parents=True)
+    (tmp_path / "app/examples/mine.txt").write_text("mine")
+    arguments = ["--runs-folder", str(runs), "--app-folder", str(tmp_path / "app")]
+    monkeypatch.setattr("sys.argv", ["generate_trace_model.py", *arguments])
+    with pytest.raises(utils.UserError, match="it may be yours"):
+        generate_trace_model.main()
+    assert (tmp_path / "app/examples/mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])

@@ -20,7 +20,7 @@ import pytest
 import torch
 from aws_emulator import Emulator, start_emulator
 from conftest import REPOSITORY, run_stage_command
-from pictures import encode, jpeg, scene
+from pictures import encode, jpeg, scene, with_scans
 from PIL import Image
 from quick_aws import quick_aws
 from test_classifier import pictures
@@ -153,7 +153,6 @@ def test_bad_requests_get_a_sentence(task: Path) -> None:
     photo = jpeg(scene(120, 160))
     bomb = encode(Image.new("1", (10_000, 5_001)), "PNG")
     line = encode(Image.new("L", (5000, 1)), "PNG")
-    scans = photo[:2] + b"\xff\xda" * 65 + photo[2:]
     cases = [
         (post(photo, "GET"), 405, "Send a picture with POST."),
         (post(photo, "PUT"), 405, "Send a picture with POST."),
@@ -177,7 +176,10 @@ def test_bad_requests_get_a_sentence(task: Path) -> None:
         (post(photo[: len(photo) // 2]), 422, "damaged or incomplete"),
         (post(bomb), 413, "more than 50 million pixels"),
         (post(line), 422, "100 times as long as wide"),
-        (post(scans), 422, "too many scans"),
+        (post(with_scans(65)), 422, "too many scans"),
+        ({"requestContext": {"elb": {}}, "body": "x"}, 400, "no event of a function URL"),
+        ({"requestContext": None}, 400, "no event of a function URL"),
+        ({**post(photo), "body": {"image": "x"}}, 400, "no event of a function URL"),
         ({}, 400, 'JSON must have either "image"'),
         ("hello", 400, 'JSON must have either "image"'),
         (None, 400, 'JSON must have either "image"'),
@@ -219,7 +221,7 @@ def test_pictures_of_one_bucket(task: Path, tmp_path: Path) -> None:
             for key in ("nothing", "../other/secret.jpg", "secret.jpg"):
                 assert runtime.ask(in_json(s3_key=key))[0] == 404
             assert runtime.ask(in_json(s3_key="large"))[0] == 413
-            for key in ("", "a" * 1025):
+            for key in ("", "a" * 1025, "\ud800"):
                 assert runtime.ask(in_json(s3_key=key))[0] == 400
             emulator.fail("GetObject", "AccessDenied")
             status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
@@ -402,6 +404,9 @@ def test_what_cannot_be_deployed(
     export = tmp_path / "runs/first/export"
     (export / "model.onnx").write_bytes(b"another")
     assert "is not the file that model.json describes" in command("deploy", code=2)
+    for described in ("[]", '{"formats": 5}', '{"formats": {"onnx": {}}}'):
+        (export / "model.json").write_text(described)
+        assert "no model.json about it" in command("deploy", code=2)
     (export / "model.onnx").unlink()
     assert "python3 generate_trace_model.py --name first" in command("deploy", code=2)
     with open(export / "model.onnx", "wb") as file:

@@ -48,7 +48,7 @@ def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
     assert loaded.keys() == saved.keys()
     for name, value in saved.items():
         assert torch.equal(loaded[name], value) and loaded[name].device.type == "cpu"
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="has not the weights of a ResNet-50 with 8 classes"):
         load_weights(tmp_path / "weights.pt", num_classes=8)
 
 

@@ -1,12 +1,17 @@
 """Photos classified on the command line: a table, JSON, and what cannot be used."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_stage_command
+from conftest import REPOSITORY, run_stage_command
 from exports import BLUE, GREEN, RED, write_top_half_colour
 from PIL import Image
+
+from predict import find_pictures
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def predict(runs: Path, *arguments: object):
 
 def test_a_folder_becomes_a_table(runs: Path) -> None:
     done = predict(runs, "photos", "--top", "1")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "asking the most recent run: tiny\n")
     rows = [line.split()[:2] for line in done.stdout.splitlines()]
     assert rows == [
         ["photos/leaf.png", "green"],
@@ -39,7 +44,8 @@ def test_a_folder_becomes_a_table(runs: Path) -> None:
 
 
 def test_json_has_a_line_a_picture_and_what_failed(runs: Path) -> None:
-    done = predict(runs, "--json", "photos/poppy.JPG", "photos/notes.txt", "photos/leaf.png")
+    photos = ("photos/poppy.JPG", "photos/notes.txt", "photos/leaf.png")
+    done = predict(runs, "--json", *photos, "--name", "tiny")
     assert done.returncode == 1
     assert done.stderr == "error: 1 of 3 pictures could not be used\n"
     red, notes, green = map(json.loads, done.stdout.splitlines())
@@ -64,5 +70,55 @@ def test_mistakes_get_one_line(runs: Path) -> None:
     ):
         done = predict(runs, *arguments)
         assert (done.returncode, done.stdout) == (2, ""), arguments
-        (line,) = done.stderr.splitlines()
-        assert words in line, line
+        (line,) = [line for line in done.stderr.splitlines() if not line.startswith("asking the")]
+        assert line.startswith("error: ") and words in line, line
+
+
+def test_odd_files_in_a_folder(runs: Path) -> None:
+    photos = runs.parent / "photos"
+    (photos / "album.jpg").mkdir()
+    (photos / "leaf.png").rename(photos / "album.jpg" / "two\nlines.png")
+    (photos / "poppy.JPG").rename(photos / os.fsdecode(b"\xff.jpg"))
+    (photos / "back").symlink_to("..")
+    (photos / "._leaf.png").write_bytes(b"what another system keeps beside a picture")
+    (photos / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "large.tif").touch()
+    os.truncate(photos / "large.tif", 2**40)  # a hole
+    done = predict(runs, "photos", "--top", "1", "--name", "tiny")
+    assert done.returncode == 1
+    rows = [line.rsplit(maxsplit=3)[:2] for line in done.stdout.splitlines()]
+    assert rows == [
+        ["'photos/album.jpg/two\\nlines.png'", "green"],
+        ["photos/sea/wave.webp", "blue"],
+        ["'photos/\\udcff.jpg'", "red"],
+    ]
+    assert done.stderr.splitlines() == [
+        "photos/gone.png: No such file or directory",
+        "photos/large.tif: The picture has more than 20 MB.",
+        "error: 2 of 5 pictures could not be used",
+    ]
+
+
+def test_a_folder_that_may_not_be_read_is_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        if str(path).endswith("sea"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", denied)  # root may read every folder
+    with pytest.raises(PermissionError, match="sea"):
+        list(find_pictures([runs.parent / "photos"]))
+
+
+def test_who_reads_the_answers_may_stop(runs: Path) -> None:
+    command = [sys.executable, REPOSITORY / "predict.py", "photos", "--runs-folder", runs]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*command, "--name", "tiny"], cwd=runs.parent, stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == b"error: nobody reads this output any more\n"

@@ -275,14 +275,21 @@ def test_files_that_are_there_are_asked_about(at_hub: Hub, monkeypatch: pytest.M
     assert refused() == f"{question}: give --yes to go on; nothing was sent"
 
     asked = []
-    answers = iter(("", "n", "yes"))
+    answers = iter(("", "n", EOFError, "yes"))
+
+    def answer(text: str) -> str:
+        asked.append(text)
+        if (given := next(answers)) is EOFError:  # Ctrl-D
+            raise given
+        return given
+
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(answers))
-    assert [refused(), refused()] == ["nothing was sent"] * 2
+    monkeypatch.setattr("builtins.input", answer)
+    assert [refused(), refused(), refused()] == ["nothing was sent"] * 3
     assert at_hub.repos[repo] == before
     push()
     assert at_hub.repos[repo] == {**before, **CONTENT}
-    assert asked == [f"{question}. Go on? [y/N] "] * 3
+    assert asked == [f"{question}. Go on? [y/N] "] * 4
 
 
 def test_what_the_repo_has_is_not_sent_again(at_hub: Hub) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
+from exports import METADATA
 from hub import Hub
 from test_push_model import TOKEN, at_hub, environment, hub  # noqa: F401
 
@@ -48,7 +49,7 @@ def app(tmp_path: Path) -> Path:
     about = {"file": "model.onnx", "sha256": hashlib.sha256(model).hexdigest()}
     written = {
         "model.onnx": model,
-        "model.json": json.dumps({"format": 1, "formats": {"onnx": about}}).encode(),
+        "model.json": json.dumps({**METADATA, "formats": {"onnx": about}}).encode(),
         "examples/0.jpg": b"a picture",
         "examples/1.png": b"another",
         **dict.fromkeys(OTHERS, SECRET.encode()),
@@ -303,16 +304,23 @@ def without(text: str, path: Path) -> None:
     path.write_text(path.read_text().replace(text, "", 1))
 
 
+def describe(app: Path, **changes: object) -> None:
+    described = json.loads((app / "model.json").read_text())
+    (app / "model.json").write_text(json.dumps({**described, **changes}))
+
+
 MISTAKES = {
-    "model.json: run `python3 generate_trace_model.py` first": lambda app: (
+    "model.json is missing: run `python3 generate_trace_model.py` first": lambda app: (
         app / "model.json"
     ).unlink(),
-    "names no ONNX file, which the app reads: run `python3 generate": lambda app: (
-        app / "model.json"
-    ).write_text('{"format": 1, "formats": {"torchscript": {}}}'),
-    "model.json names no ONNX file": lambda app: (app / "model.json").write_text("[]"),
-    "model.json is damaged": lambda app: (app / "model.json").write_text("{"),
-    "model.onnx, which ": lambda app: (app / "model.onnx").unlink(),
+    "names no ONNX file in its own folder: run `python3 generate": lambda app: describe(
+        app, formats={"torchscript": {}}
+    ),
+    "model.json names no ONNX file": lambda app: describe(app, formats={"onnx": {"file": 5}}),
+    "cannot be used as std, val_top1": lambda app: describe(app, std=0, val_top1="75"),
+    "model.json is not of format 1": lambda app: (app / "model.json").write_text("[]"),
+    "model.json is not JSON": lambda app: (app / "model.json").write_text("{"),
+    "model.onnx is missing": lambda app: (app / "model.onnx").unlink(),
     "model.onnx is not the file that ": lambda app: (app / "model.onnx").write_bytes(b"altered"),
     "classifier.py: name the app's folder": lambda app: (app / "classifier.py").unlink(),
     "app.py: name the app's folder": shutil.rmtree,

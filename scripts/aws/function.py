@@ -36,7 +36,7 @@ from cloud import Options, confirm
 from resources import PROJECT_TAG, tag_of
 from settings import REPOSITORY, Settings, check_settings
 
-from utils import UserError, latest_run, parse_options, read_json, run_stage
+from utils import UserError, latest_run, parse_options, read_json, run_folder, run_stage
 
 SOURCE = REPOSITORY / "lambda_deploy"
 RUNTIME, ARCHITECTURE = "python3.13", "x86_64"
@@ -100,12 +100,18 @@ class FunctionOptions:
 def find_export(options: Deploy) -> Path:
     """The folder of a run's export whose model.onnx is the one in model.json; raises UserError."""
     name = options.name or latest_run(options.runs_folder)
-    folder = Path(options.runs_folder) / name / "export"
+    folder = run_folder(options.runs_folder, name) / "export"
+    if not options.name:
+        print(f"taking the most recent run: {name}")
     model, described = folder / "model.onnx", read_json(folder / "model.json")
     advice = f"python3 generate_trace_model.py --name {name}"
-    if described is None or "onnx" not in described["formats"] or not model.exists():
-        raise UserError(f"no {model}: make it with {advice}")
-    if hashlib.sha256(model.read_bytes()).hexdigest() != described["formats"]["onnx"]["sha256"]:
+    try:
+        sha256 = described["formats"]["onnx"]["sha256"]
+    except (KeyError, TypeError):
+        sha256 = None
+    if sha256 is None or not model.exists():
+        raise UserError(f"no {model}, or no model.json about it: make them with {advice}")
+    if hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{model} is not the file that model.json describes: {advice}")
     return folder
 

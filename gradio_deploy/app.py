@@ -130,16 +130,19 @@ def uploaded_file(upload: Any, uploads: Path) -> Path:
     refuse("Choose a picture first.")
 
 
-class UploadedImage(gr.Image):
-    """A gr.Image that takes uploads only: Gradio would fetch a file of any size from an address."""
+def take_uploads_only(picture: gr.Image) -> None:
+    """Have it refuse an address, from which Gradio would fetch a file of any size.
 
-    is_template = True  # in the browser it is a gr.Image
+    A class of its own would do the same, but Gradio writes a file beside the source of such.
+    """
+    move = picture.async_move_resource_to_block_cache
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        """Gradio's own, for what is no address."""
-        if str(url_or_file_path).startswith(("http://", "https://")):
+    async def move_upload(path: Any) -> str | None:
+        if str(path).startswith(("http://", "https://")):
             refuse("Send the picture itself, not its address.")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await move(path)
+
+    picture.async_move_resource_to_block_cache = move_upload
 
 
 class BoundedRequests:
@@ -240,7 +243,7 @@ def make_page(
             gr.Markdown(linked, elem_id="links")
         with gr.Row():
             with gr.Column():
-                picture = UploadedImage(
+                picture = gr.Image(
                     label="Picture",
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
@@ -248,6 +251,7 @@ def make_page(
                     buttons=["fullscreen"],
                     elem_id="picture",
                 )
+                take_uploads_only(picture)
                 button = gr.Button("Classify", variant="primary")
                 below = gr.Column()
             with gr.Column():

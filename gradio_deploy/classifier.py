@@ -68,10 +68,9 @@ MAX_PIXELS = 50_000_000  # a phone's 48 megapixels; transparent, with the model,
 MAX_ASPECT = 100  # a line of 1 x 60,000 px would fill 12 GB once its shorter side is enlarged
 MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of a whole picture
 
-# Pillow refuses at twice its limit; from the limit on it only warns.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+# Pillow warns of large pictures, which are refused below, and of broken EXIF data: of both with lines
+# of its own source.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-# It says with lines of its own source that a picture's EXIF data is broken.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Exif 2.32, tag 0x0112.
@@ -204,6 +203,8 @@ def open_picture(content: bytes) -> Image.Image:
         )
     try:
         with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError  # as Pillow does, at more than three times that
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise RefusedError(
                     422, f"The picture is more than {MAX_ASPECT} times as long as wide."

@@ -212,7 +212,6 @@ def module(deployment: Path) -> ModuleType:
     sys.path.insert(0, str(APP_FOLDER))  # where it finds classifier.py
     spec = importlib.util.spec_from_file_location("gradio_deploy_app", deployment / "app.py")
     imported = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = imported  # where Gradio looks for the source of a component
     spec.loader.exec_module(imported)
     return imported
 

@@ -10,7 +10,7 @@ def test_it_measures_every_format_on_each_number_of_threads(tmp_path: Path) -> N
     done = run_stage_command(*command, "--output", output, from_nothing=True)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(output.read_text())
-    formats = ("eager", "torchscript", "pt2", "onnx")
+    formats = ("eager", "torchscript", "onnx", "pt2")
     assert [(row["threads"], row["format"]) for row in record["results"]] == [
         (threads, name) for threads in (1, 2) for name in formats
     ]

@@ -101,7 +101,7 @@ def check_the_app_reads_digits_and_refuses_what_is_none(
         expect_answer(page, "7")
         page.get_by_role("button", name="Remove Image").click()
         upload(page, tmp_path / "letter.jpg")
-        expect_text(page, "letter.jpg is not a picture that can be read. Try a JPEG, PNG or WebP")
+        expect_text(page, "This is not a picture that can be read: send a JPEG, PNG or WebP file.")
         examples = page.locator("button.gallery-item")
         assert examples.count() == 6
 

@@ -68,8 +68,8 @@ MAX_PIXELS = 50_000_000  # a phone's 48 megapixels; transparent, with the model,
 MAX_ASPECT = 100  # a line of 1 x 60,000 px would fill 12 GB once its shorter side is enlarged
 MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of a whole picture
 
-# Pillow warns of large pictures, which are refused below, and of broken EXIF data: of both with lines
-# of its own source.
+# Pillow warns of large pictures, which are refused below, and of broken EXIF data, and both times
+# with lines of its own source.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 

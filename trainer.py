@@ -16,6 +16,7 @@ everything saved, 76 that its budget is spent.
 """
 
 import contextlib
+import copy
 import dataclasses
 import shutil
 import subprocess
@@ -81,6 +82,26 @@ class TrainerOptions:
     and an estimate of time, memory and price; exit code 2 if there is a problem"""
 
 
+class Average:
+    """The exponential moving average of a model's weights and BatchNorm statistics.
+
+    `half_life` is in steps. It begins as the model, and looks back a tenth of the way at first.
+    """
+
+    def __init__(self, model: ResNet50Wrapper, half_life: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = 0.5 ** (1 / half_life)
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        self.pairs = [pair for pair in pairs if pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Take in the model as it is after optimizer step `step`, counted from 1."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        averages, values = zip(*self.pairs, strict=True)
+        torch._foreach_lerp_(averages, values, weight)
+
+
 @dataclasses.dataclass
 class Run:
     """Where a run stands: beside its settings, all that its future depends on."""
@@ -92,6 +113,8 @@ class Run:
     precision: str  # of the forward pass: fp16, bf16 or fp32
     totals: dict[str, torch.Tensor]  # sums over the epoch under way, on the device
     training_model: torch.nn.Module  # the model, or what shares its gradients between processes
+    average: Average | None = None  # of the model, which is validated and kept in its place
+    label_smoothing: float = 0.0
     micro_batch_size: int = 0  # most images that are computed at once; 0: all of a batch
     # The training model through torch.compile, for batches of this size; None, 0: never.
     compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -104,10 +127,16 @@ class Run:
     # The trouble on its way from a GPU, and what tells that it has arrived.
     arriving: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
+    @property
+    def kept(self) -> ResNet50Wrapper:
+        """What is validated and kept of it: the average, if there is one."""
+        return self.average.model if self.average else self.model
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it, the same on any number of processes; all have to ask."""
         return {
             "model": self.model.model.state_dict(),
+            "average": self.average and self.average.model.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "totals": totals_of_all(self.totals),
@@ -120,6 +149,8 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         """Go back to where a checkpoint was saved."""
         self.model.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # it is off in fp32 and bf16
             self.scaler.load_state_dict(state["scaler"])
@@ -170,7 +201,9 @@ def train_step(
         with distributed.adds_up(run.training_model, part == parts):
             with autocast(run.device, run.precision):
                 logits = model(data.normalize(some, DTYPES[run.precision])).float()
-            mean = torch.nn.functional.cross_entropy(logits, their_labels)
+            mean = torch.nn.functional.cross_entropy(
+                logits, their_labels, label_smoothing=run.label_smoothing
+            )
             # DistributedDataParallel takes the mean over the processes.
             share = len(some) * distributed.processes() / batch_size
             run.scaler.scale(mean * share).backward()
@@ -181,6 +214,8 @@ def train_step(
     run.scaler.update()
     skipped = run.scaler.scale(torch.ones_like(loss)) < scale
     run.step += 1
+    if run.average:
+        run.average.follow(run.step)
     add_trouble(run.totals["trouble"], loss, skipped)
     return loss
 
@@ -413,9 +448,12 @@ def finish_epoch(
     with distributed.agreed():
         refuse_trouble(run, trouble)
     distributed.copy_from_main(run.model.buffers())
+    if run.average:
+        distributed.copy_from_main(run.average.model.buffers())
     started = time.monotonic()
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
-    val = evaluate(run.model, val_batches, run.device, run.precision, heed)
+    run.model.eval()
+    val = evaluate(run.kept, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
     steps = run.step // (len(run.history) + 1)
     row = {
@@ -430,7 +468,7 @@ def finish_epoch(
         "img_per_s": train["train_images"] / run.epoch_s,
     }
     improved = row["val_top1"] > max((row["val_top1"] for row in run.history), default=-1.0)
-    weights = checkpoint.encode(run.model.model.state_dict())
+    weights = checkpoint.encode(run.kept.model.state_dict())
     for name in ("last.pt", "best.pt") if improved else ("last.pt",):
         distributed.in_main(write_atomically, folder / name, weights)
     run.history.append(row)
@@ -532,7 +570,7 @@ def new_run(config: Config, num_classes: int) -> Run:
     if config.sync_batchnorm:
         distributed.synchronise_batchnorm(model, device)
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        parameter_groups(model, config),
         config.max_lr,
         config.momentum,
         weight_decay=config.weight_decay,
@@ -545,12 +583,24 @@ def new_run(config: Config, num_classes: int) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     training_model = distributed.data_parallel(model, device)
     totals, micro = new_totals(device), config.micro_batch_size
-    run = Run(model, optimizer, scaler, device, precision, totals, training_model, micro)
+    run = Run(model, optimizer, scaler, device, precision, totals, training_model)
+    run.micro_batch_size, run.label_smoothing = micro, config.label_smoothing
+    if config.average_steps:
+        run.average = Average(model, config.average_steps)
     if config.compile:
         run.compiled = compiled(training_model, device)
         share = len(distributed.share(np.arange(config.batch_size)))
         run.compiled_batch_size = -(-share // distributed.micro_batches(config.batch_size, micro))
     return run
+
+
+def parameter_groups(model: ResNet50Wrapper, config: Config) -> list[dict[str, Any]]:
+    """The model's parameters for the optimizer: all together, or those without decay apart."""
+    if config.decay_norm_and_bias:
+        return [{"params": list(model.parameters())}]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def compiled(

@@ -100,7 +100,14 @@ class Config:
     momentum: float = 0.9
     """momentum of SGD"""
     weight_decay: float = 1e-4
-    """L2 penalty of SGD, on every parameter"""
+    """L2 penalty of SGD"""
+    decay_norm_and_bias: bool = True
+    """apply weight_decay to BatchNorm's parameters and to biases too"""
+    label_smoothing: float = 0.0
+    """share of the target that is spread evenly over all classes, 0 to 1"""
+    average_steps: float = 0.0
+    """half-life, in steps, of the moving average of the weights that is validated and kept; 0: the
+    weights themselves"""
     pct_start: float = 0.3
     """share of the steps in which the learning rate rises, 0 to 1"""
     div_factor: float = 25.0
@@ -159,6 +166,7 @@ class Config:
 RESULT_SETTINGS = frozenset(
     {
         *("epochs", "extra_epochs", "batch_size", "max_lr", "momentum", "weight_decay"),
+        *("decay_norm_and_bias", "label_smoothing", "average_steps"),
         *("pct_start", "div_factor", "final_div_factor", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
         *("crop_min_scale", "flip", "zero_init_residual", "precision", "seed", "skip_bad_images"),
@@ -303,16 +311,26 @@ def check_config(config: Config) -> None:
     if config.batch_size == 1:
         raise UserError("batch_size is 1: it must be 2 or more, for BatchNorm's statistics")
     not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
-    for field in (*not_negative, "micro_batch_size", "price_per_hour", "budget_usd"):
+    more = ("label_smoothing", "micro_batch_size", "average_steps", "price_per_hour", "budget_usd")
+    for field in (*not_negative, *more):
         value = getattr(config, field)
         if not 0 <= value < math.inf:
             raise UserError(f"{field} is {value}: it must be 0 or more")
     if not 0 < config.pct_start < 1:
         raise UserError(f"pct_start is {config.pct_start}: it must lie between 0 and 1")
-    if config.momentum >= 1:
-        raise UserError(f"momentum is {config.momentum}: it must be below 1")
+    for field in ("momentum", "label_smoothing"):
+        if getattr(config, field) >= 1:
+            raise UserError(f"{field} is {getattr(config, field)}: it must be below 1")
     if not 0 < config.crop_min_scale <= 1:
         raise UserError(f"crop_min_scale is {config.crop_min_scale}: it must be above 0, at most 1")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed is {config.seed}: it must be 0 or more, below 2^63")
+    _check_px(config)
+    _check_budget(config)
+    run_folder(config.runs_folder, config.name)
+
+
+def _check_px(config: Config) -> None:
     first_px = config.first_train_px
     if first_px % PX_STEP or not 0 <= first_px <= config.train_px:
         raise UserError(
@@ -324,14 +342,10 @@ def check_config(config: Config) -> None:
             f"px_ramp_start is {config.px_ramp_start} and px_ramp_end {config.px_ramp_end}: they "
             "must lie between 0 and 1, the start below the end"
         )
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"seed is {config.seed}: it must be 0 or more, below 2^63")
     if config.val_resize_px < config.val_px:
         raise UserError(
             f"val_resize_px is {config.val_resize_px}: it must be at least val_px, {config.val_px}"
         )
-    _check_budget(config)
-    run_folder(config.runs_folder, config.name)
 
 
 def _check_budget(config: Config) -> None:

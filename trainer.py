@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ import mirror
 import preflight
 import sessions
 from model import ResNet50Wrapper, load_weights
+from muon import Muon
 from utils import (
     EXIT_BUDGET,
     EXIT_FAILED,
@@ -569,13 +571,7 @@ def new_run(config: Config, num_classes: int) -> Run:
     model = model.to(device, memory_format=torch.channels_last)
     if config.sync_batchnorm:
         distributed.synchronise_batchnorm(model, device)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, config),
-        config.max_lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,  # one pass over the weights instead of four
-    )
+    optimizer = new_optimizer(model, config, precision)
     # The fused step may skip its first call, when fp16 overflows, and would leave the momentum as
     # it found the memory.
     for parameter in model.parameters():
@@ -594,13 +590,29 @@ def new_run(config: Config, num_classes: int) -> Run:
     return run
 
 
-def parameter_groups(model: ResNet50Wrapper, config: Config) -> list[dict[str, Any]]:
-    """The model's parameters for the optimizer: all together, or those without decay apart."""
-    if config.decay_norm_and_bias:
-        return [{"params": list(model.parameters())}]
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def new_optimizer(model: ResNet50Wrapper, config: Config, precision: str) -> torch.optim.Optimizer:
+    """SGD, or what orthogonalises its steps, with the weights that are treated alike together."""
+    is_muon = config.optimizer == "muon"
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        is_hidden = parameter.ndim == 4 and parameter.shape[1] > 3
+        decays = parameter.ndim > 1 or config.decay_norm_and_bias
+        groups[is_muon and is_hidden, decays].append(parameter)
+    described = [
+        {
+            "params": parameters,
+            "momentum": 0.0 if is_orthogonal else config.momentum,
+            "orthogonal_momentum": config.momentum if is_orthogonal else 0.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "nesterov": is_muon and not is_orthogonal,
+        }
+        for (is_orthogonal, decays), parameters in groups.items()
+    ]
+    # Fused: one pass over the weights instead of four.
+    if not is_muon:
+        return torch.optim.SGD(described, config.max_lr, fused=True)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return Muon(described, dtype, lr=config.max_lr, fused=True)
 
 
 def compiled(

@@ -1,0 +1,332 @@
+"""Train variants of a recipe, several seeds each, and say what their spread can tell apart.
+
+    python3 scripts/trials.py PLAN.toml --seeds 0 1
+    python3 scripts/trials.py PLAN.toml --report
+
+A plan is a TOML file: [common] has settings of every run, each [variants.NAME] those in which the
+variant differs. An equal number of epochs is one budget; equal time is another, for which each
+variant has `epochs` of its own: the table has the time that each took.
+
+Every run is `trainer.py` in a process of its own, one after another, seed by seed, so that a trial
+that is broken off has as many of each variant as of the others. The same command goes on where it
+was, inside a run too. Each run's end, failures included, is a line of the log beside the plan,
+PLAN.jsonl: settings, counts, time, commit, versions and hardware. The table beside it, PLAN.md, is
+made from the log: top-1 of the last epoch (not of the best, which would favour the noisy), its mean
+and standard deviation, and the difference from the first variant with its 95 % interval.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tyro
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from utils import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    RECIPES,
+    Config,
+    UserError,
+    check_config,
+    format_duration,
+    parse_options,
+    read_json,
+    read_metrics,
+    run_folder,
+    run_stage,
+    write_atomically,
+)
+
+TRAINER = Path(__file__).parent.parent / "trainer.py"
+OURS = {"name", "seed", "runs_folder", "recipe"}  # which a trial chooses itself, but for the recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialOptions:
+    """Which trials."""
+
+    plan: tyro.conf.Positional[Path]
+    """TOML file with the variants"""
+    seeds: tuple[int, ...] = (0, 1)
+    """a run of every variant for each"""
+    variants: tuple[str, ...] = ()
+    """only these of the plan; all, if none is named"""
+    runs_folder: Path = Path("runs/trials")
+    """folder that holds the runs"""
+    report: bool = False
+    """train nothing: make the table from the log"""
+
+
+# ------------------------------------------------------------------------------ the plan
+
+
+def read_plan(path: Path) -> dict[str, Config]:
+    """The settings of every variant, in the plan's order; raises UserError naming what is wrong."""
+    try:
+        plan = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no plan {path}") from None
+    except ValueError as error:  # no text is one too
+        raise UserError(f"{path} is no TOML file: {error}") from None
+    unknown = plan.keys() - {"title", "common", "variants"}
+    if unknown or not isinstance(plan.get("variants"), dict) or not plan["variants"]:
+        raise UserError(
+            f"{path} needs [variants.NAME] for each variant, and may have title and [common]"
+            + f", not {', '.join(sorted(unknown))}" * bool(unknown)
+        )
+    return {
+        name: _config(f"{path}, variant {name}", {**plan.get("common", {}), **settings})
+        for name, settings in plan["variants"].items()
+    }
+
+
+def _config(where: str, settings: dict[str, Any]) -> Config:
+    """A recipe's settings with others in their places; raises UserError."""
+    settings = dict(settings)
+    recipe = settings.pop("recipe", "reference")
+    if recipe not in RECIPES:
+        raise UserError(f"{where}: no recipe {recipe}: there are {', '.join(RECIPES)}")
+    known = {field.name: field.type for field in dataclasses.fields(Config)}
+    for name, value in settings.items():
+        if name not in known or name in OURS:
+            raise UserError(f"{where}: {name} is no setting that a plan may have")
+        allowed = {float: (float, int)}.get(known[name], (known[name],))
+        if isinstance(known[name], type) and type(value) not in allowed:
+            raise UserError(f"{where}: {name} is {value!r}, and must be a {known[name].__name__}")
+    config = dataclasses.replace(RECIPES[recipe], **settings)
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return config
+
+
+def title_of(path: Path) -> str:
+    """The plan's title, or its file's name."""
+    return str(tomllib.loads(path.read_text()).get("title", path.stem))
+
+
+def run_name(variant: str, seed: int) -> str:
+    """A name for the folder of a run, of the characters that such a name may have."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '_', variant).strip('_')}-seed{seed}"
+
+
+# ------------------------------------------------------------------------------ the runs
+
+
+def train(config: Config) -> int:
+    """The trainer's exit code; its output goes to the run's own train.log and the screen."""
+    default = RECIPES[config.recipe]
+    command = [sys.executable, str(TRAINER), "--recipe", config.recipe]
+    for field in dataclasses.fields(Config):
+        value, option = getattr(config, field.name), field.name.replace("_", "-")
+        if value == getattr(default, field.name) or field.name == "recipe":
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            command += [f"--{option}", str(value)]
+    with subprocess.Popen(command) as process:
+        # Ctrl-C reaches the trainer too, which saves; a SIGTERM is passed on.
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
+
+
+def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str, Any]:
+    """A line of the log: what a run was, and what came of it."""
+    folder = run_folder(config.runs_folder, config.name)
+    record = read_json(folder / "config.json") or {}
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    differing = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if value != getattr(Config(), name) and name not in {"name", "runs_folder"}
+    }
+    line: dict[str, Any] = {
+        "variant": variant,
+        "seed": seed,
+        "ended": "finished" if exit_code == 0 else f"failed with exit code {exit_code}",
+        "epochs": len(rows),
+        "settings": differing,
+    }
+    if rows:
+        last = rows[-1]
+        line |= {
+            "correct1": last["val_correct1"],
+            "correct5": last["val_correct5"],
+            "images": last["val_images"],
+            "val_loss": last["val_loss"],
+            "train_s": sum(row["train_s"] for row in rows),
+            "val_s": sum(row["val_s"] for row in rows),
+            "train_images": sum(row["train_images"] for row in rows),
+        }
+    kept = ("commit", "versions", "hardware", "started")
+    return line | {name: record[name] for name in kept if name in record}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; raises UserError if it is damaged."""
+    return read_metrics(path) if path.exists() else []
+
+
+def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -> int:
+    """Train what the log does not have yet; the exit code, which an interruption makes 75."""
+    failed = False
+    for seed, (variant, settings) in itertools.product(options.seeds, plan.items()):
+        done = [(line["variant"], line["seed"]) for line in read_log(log_path)]
+        if (variant, seed) in done:
+            continue
+        config = dataclasses.replace(
+            settings,
+            name=run_name(variant, seed),
+            seed=seed,
+            runs_folder=str(options.runs_folder / log_path.stem),
+        )
+        print(f"\n{variant}, seed {seed}", flush=True)
+        exit_code = train(config)
+        if exit_code in {EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM}:
+            return EXIT_INTERRUPTED
+        if exit_code == EXIT_USER_ERROR:  # which is the user's to mend, and no result
+            raise UserError(f"{variant}, seed {seed} did not run: the line above says why")
+        lines = [*read_log(log_path), outcome(config, seed, variant, exit_code)]
+        write_atomically(log_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        failed = failed or exit_code != 0
+    return EXIT_FAILED if failed else 0
+
+
+# ------------------------------------------------------------------------------ the table
+
+
+def top1(line: dict[str, Any]) -> float:
+    """Accuracy of a finished run in percent."""
+    return 100 * line["correct1"] / line["images"]
+
+
+def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
+    """Standard deviation within the groups, all taken together, and its degrees of freedom."""
+    squares = sum(sum((x - statistics.fmean(group)) ** 2 for x in group) for group in groups)
+    freedom = sum(len(group) - 1 for group in groups)
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
+    """The log as a table in Markdown, with what its spread can tell apart."""
+    finished = {
+        name: [line for line in lines if line["variant"] == name and line["ended"] == "finished"]
+        for name in names
+    }
+    results = {name: [top1(line) for line in runs] for name, runs in finished.items()}
+    deviation, freedom = pooled_deviation([group for group in results.values() if group])
+    reach = stats.t.ppf(0.975, freedom) * deviation if freedom else math.nan
+    base = next((name for name in names if results[name]), None)
+    parts = [
+        f"# {title}",
+        "",
+        "| variant | top-1 of the last epoch | runs | each | against the first | epochs | training "
+        "| img/s | settings |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        runs, group = finished[name], results[name]
+        failures = sum(line["variant"] == name and line["ended"] != "finished" for line in lines)
+        if not group:
+            parts.append(f"| {name} | none finished, {failures} failed | 0 | | | | | | |")
+            continue
+        mean = statistics.fmean(group)
+        spread = f" ± {statistics.stdev(group):.2f}" if len(group) > 1 else ""
+        against = ""
+        if name != base and base is not None:
+            against = f"{mean - statistics.fmean(results[base]):+.2f}"
+            if freedom:
+                width = reach * math.sqrt(1 / len(group) + 1 / len(results[base]))
+                against += f" ± {width:.2f}"
+        seconds = statistics.fmean(line["train_s"] for line in runs)
+        rate = sum(line["train_images"] for line in runs) / sum(line["train_s"] for line in runs)
+        epochs = "/".join(sorted({str(line["epochs"]) for line in runs}))
+        parts.append(
+            f"| {name} | {mean:.2f} %{spread} | {len(group)}"
+            + f", {failures} failed" * bool(failures)
+            + f" | {', '.join(f'{value:.2f}' for value in group)} | {against} | {epochs} "
+            f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs[0], lines)} |"
+        )
+    parts += ["", _statement(results, deviation, freedom, lines), ""]
+    return "\n".join(parts)
+
+
+def _differences(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    """The settings of a run that not all runs have alike."""
+    names = {name for other in lines for name in other["settings"]} - {"seed"}
+    default = dataclasses.asdict(Config())
+
+    def value(of: dict[str, Any], name: str) -> Any:
+        return of["settings"].get(name, default.get(name))
+
+    differing = [
+        f"{name} {value(line, name)}"
+        for name in sorted(names)
+        if len({str(value(other, name)) for other in lines}) > 1
+    ]
+    return ", ".join(differing)
+
+
+def _statement(
+    results: dict[str, list[float]], deviation: float, freedom: int, lines: list[dict[str, Any]]
+) -> str:
+    """What the spread can tell apart, and what the number of validation images adds."""
+    images = next((line["images"] for line in lines if "images" in line), 0)
+    finished = [value for group in results.values() for value in group]
+    if not finished:
+        return "No run has finished: there is nothing to compare."
+    share = statistics.fmean(finished) / 100
+    counting = 100 * math.sqrt(share * (1 - share) / images)
+    text = (
+        f"Against other validation images an accuracy is uncertain by {counting:.2f} points "
+        f"(one standard deviation, {images:,} images); all variants share that."
+    )
+    if not freedom:
+        return f"One run each: what differs may be the seed's doing. {text}"
+    fewest = min(len(group) for group in results.values() if group)
+    least = stats.t.ppf(0.975, freedom) * deviation * math.sqrt(2 / fewest)
+    return (
+        f"Seeds part by {deviation:.2f} points (standard deviation within variants, {freedom} "
+        f"degrees of freedom). With {fewest} runs each, differences below {least:.2f} points "
+        f"cannot be told from chance (95 %, one comparison at a time). {text}"
+    )
+
+
+def main() -> None:
+    """Train what is missing, then make the table."""
+    options = parse_options(TrialOptions, __doc__)
+    plan = read_plan(options.plan)
+    for name in options.variants:
+        if name not in plan:
+            raise UserError(f"{options.plan} has no variant {name}: it has {', '.join(plan)}")
+    log_path = options.plan.with_suffix(".jsonl")
+    chosen = {name: plan[name] for name in options.variants or plan}
+    exit_code = 0 if options.report else run_trials(options, chosen, log_path)
+    lines = read_log(log_path)
+    text = table(title_of(options.plan), list(plan), lines)
+    write_atomically(options.plan.with_suffix(".md"), text.encode())
+    print(f"\n{text}")
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,209 @@
+"""Trials: real runs of the trainer one after another, and what their table says of them."""
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quick_start
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images
+from scipy import stats
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import trials
+
+from utils import UserError
+
+# The script, whose trainers are quick starts.
+PROGRAM = f"""
+import subprocess, sys
+sys.path[:0] = [{str(REPOSITORY / "scripts")!r}, {str(REPOSITORY / "tests")!r}]
+import quick_start
+quick_start.run([sys.executable, "-c", ""], timeout=60)
+subprocess.Popen = quick_start.Popen
+import trials
+trials.run_stage(trials.main)
+"""
+COMMON = """
+title = "Waves"
+[common]
+train_folder_name = "images/train"
+val_folder_name = "images/val"
+epochs = 2
+batch_size = 8
+train_px = 32
+val_px = 32
+val_resize_px = 32
+workers = 0
+precision = "fp32"
+max_lr = 0.01
+price_per_hour = 0.0
+"""
+PLAN = f"""{COMMON}
+[variants.plain]
+[variants."smooth, averaged"]
+label_smoothing = 0.1
+average_steps = 3
+"""
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+
+
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return quick_start.run(command(*arguments), cwd=folder, env=COMMAND_ENVIRONMENT, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trials")
+    make_images(folder / "images", px=32)
+    (folder / "plan.toml").write_text(PLAN)
+    return folder
+
+
+def read(folder: Path, name: str = "plan") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_every_variant_is_trained_with_every_seed_and_broken_off_trials_go_on(
+    folder: Path,
+) -> None:
+    first = quick_start.Popen(
+        command("plan.toml"), cwd=folder, env=COMMAND_ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    log = folder / "plan.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and list(folder.glob("runs/trials/plan/smooth*/checkpoints/*.pt"))):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) in {0, 75}
+    finished_before = log.read_text()
+
+    done = run(folder, "plan.toml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert log.read_text().startswith(finished_before)
+    lines = read(folder)
+    assert [(line["seed"], line["variant"]) for line in lines] == [
+        (seed, variant) for seed in (0, 1) for variant in ("plain", "smooth, averaged")
+    ]
+    for line in lines:
+        name = f"{'plain' if line['variant'] == 'plain' else 'smooth_averaged'}-seed{line['seed']}"
+        run_folder = folder / "runs/trials/plan" / name
+        config = json.loads((run_folder / "config.json").read_text())["config"]
+        last = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert line["ended"] == "finished"
+        assert (line["correct1"], line["images"]) == (last["val_correct1"], 24)
+        assert config["seed"] == line["seed"]
+        assert config["label_smoothing"] == (0.1 if line["variant"] != "plain" else 0)
+        assert line["settings"].get("label_smoothing", 0) == config["label_smoothing"]
+        assert line["epochs"] == last["epoch"] == 2
+    results = [100 * line["correct1"] / 24 for line in lines if line["variant"] == "plain"]
+    table = (folder / "plan.md").read_text()
+    assert table in done.stdout
+    assert f"| plain | {np.mean(results):.2f} % ± {np.std(results, ddof=1):.2f} | 2 |" in table
+
+    again = run(folder, "plan.toml", "--report")
+    assert again.returncode == 0
+    assert (folder / "plan.md").read_text() == table
+
+
+def test_a_failed_run_is_kept_in_the_log_and_the_exit_code(folder: Path) -> None:
+    (folder / "failing.toml").write_text(f"{COMMON}[variants.mad]\nmomentum = 0.99\n")
+    text = (folder / "failing.toml").read_text().replace("max_lr = 0.01", "max_lr = 1e30")
+    (folder / "failing.toml").write_text(text)
+    done = run(folder, "failing.toml", "--seeds", 0)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = read(folder, "failing")
+    assert line["ended"] == "failed with exit code 1"
+    assert "| mad | none finished, 1 failed |" in (folder / "failing.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        ("variants = 3", "needs [variants.NAME]"),
+        ("[variants.a]\nlearning_rate = 1.0", "learning_rate is no setting"),
+        ("[variants.a]\nseed = 1", "seed is no setting that a plan may have"),
+        ("[variants.a]\nepochs = 'many'", "epochs is 'many', and must be a int"),
+        ("[variants.a]\nrecipe = 'slow'", "no recipe slow: there are reference, fast"),
+        ("[variants.a]\nepochs = 0", "variant a: epochs is 0: it must be above 0"),
+        ("[variants", "is no TOML file"),
+        ("colour = 1\n[variants.a]\n", "not colour"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, plan: str, complaint: str) -> None:
+    (tmp_path / "plan.toml").write_text(plan)
+    with pytest.raises(UserError) as refusal:
+        trials.read_plan(tmp_path / "plan.toml")
+    assert complaint in str(refusal.value)
+    assert "plan.toml" in str(refusal.value)
+
+
+def test_what_would_not_run_is_told_in_a_line(folder: Path) -> None:
+    (folder / "nowhere.toml").write_text(PLAN.replace("images/train", "nowhere"))
+    for arguments, complaint in (
+        (("missing.toml",), "no plan missing.toml"),
+        (("plan.toml", "--variants", "odd"), "plan.toml has no variant odd: it has plain, smooth"),
+        (("nowhere.toml",), "plain, seed 0 did not run: the line above says why"),
+    ):
+        done = run(folder, *arguments)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert complaint in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    assert not (folder / "nowhere.jsonl").exists()
+
+
+def a_line(variant: str, correct1: int, **settings: float) -> dict:
+    return {
+        "variant": variant,
+        "ended": "finished",
+        "epochs": 5,
+        "settings": settings,
+        "correct1": correct1,
+        "images": 1000,
+        "train_s": 50.0,
+        "train_images": 5000,
+    }
+
+
+def test_the_tables_figures_are_those_of_scipy() -> None:
+    results = {"a": [700, 720, 716], "b": [750, 744, 760]}
+    lines = [
+        a_line(name, correct, **({"max_lr": 0.1} if name == "b" else {}))
+        for name, group in results.items()
+        for correct in group
+    ]
+    text = trials.table("Title", ["a", "b", "c"], lines)
+    a, b = (np.array(group) / 10 for group in results.values())
+    interval = stats.ttest_ind(b, a).confidence_interval(0.95)
+    width = (interval.high - interval.low) / 2
+    assert f"| {b.mean() - a.mean():+.2f} ± {width:.2f} |" in text
+    assert (
+        f"| a | {a.mean():.2f} % ± {a.std(ddof=1):.2f} | 3 | 70.00, 72.00, 71.60 |  | 5 |" in text
+    )
+    assert "| 50 s | 100 | max_lr 0.1 |" in text
+    assert "| c | none finished, 0 failed | 0 |" in text
+    deviation = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+    least = stats.t.ppf(0.975, 4) * deviation * math.sqrt(2 / 3)
+    assert f"Seeds part by {deviation:.2f} points" in text
+    assert f"differences below {least:.2f} points cannot be told from chance" in text
+    share = statistics.fmean([*a, *b]) / 100
+    assert f"uncertain by {100 * math.sqrt(share * (1 - share) / 1000):.2f} points" in text
+
+
+def test_single_runs_are_not_compared_as_if_their_spread_were_known() -> None:
+    text = trials.table("Title", ["a", "b"], [a_line("a", 700), a_line("b", 800)])
+    assert "| +10.00 |" in text
+    assert "One run each: what differs may be the seed's doing." in text
+    assert "No run has finished" in trials.table("Title", ["a"], [])

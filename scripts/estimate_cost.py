@@ -2,16 +2,23 @@
 
     python3 scripts/estimate_cost.py
     python3 scripts/estimate_cost.py --first-train-px 128 --train-px 192 --epochs-to-show 24 32 50
+    python3 scripts/estimate_cost.py --step-benchmark step.json     with the rates of your GPU
 
-No run on ImageNet stands behind it. The hours of an epoch are its images over the lower of two
-rates: that of the GPU, and that at which the instance's cores prepare images of that epoch's size.
-The first is a published one of an A10G at 224 px, scaled by the pixels; the second is one core's,
-as scripts/benchmark_data.py measured it, times the instance's vCPUs, each counted as a part of a
-core. Validation adds 50,000 images an epoch. Prices are AWS's on demand in us-east-1, times the
-share of it that the reference run paid for its spot instance.
+The first table is by epochs, the second by accuracy: each recipe's epochs until one of --top1, from
+the accuracies that its source published for runs of several lengths, in a straight line between two
+of them. No run on ImageNet stands behind either.
+
+The hours of an epoch are its images over the lower of two rates: that of the GPU, and that at which
+the instance's cores prepare images of that epoch's size. The first is a published one of an A10G at
+224 px, or what scripts/benchmark_step.py measured at the nearest size, scaled by the pixels; the
+second is one core's, as scripts/benchmark_data.py measured it, times the instance's vCPUs, each
+counted as a part of a core. Validation adds 50,000 images an epoch. Prices are AWS's on demand in
+us-east-1, times the share of it that the reference run paid for its spot instance.
 """
 
 import dataclasses
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -46,6 +53,10 @@ class EstimateOptions:
     config: ConfigOptions
     epochs_to_show: tuple[int, ...] = (24, 32, 50)
     """lengths of the run, in epochs"""
+    top1: tuple[float, ...] = (75.3, 78.0)
+    """accuracies that the recipes are to reach, ImageNet top-1 in percent"""
+    step_benchmark: Path | None = None
+    """what scripts/benchmark_step.py has written on a GPU, to take in place of gpu_img_per_s"""
     data_benchmark: Path = Path(__file__).parent.parent / "benchmarks" / "data.json"
     """what scripts/benchmark_data.py has written"""
     gpu_img_per_s: float = 810.0
@@ -77,19 +88,102 @@ def core_rate(rates: dict[int, float], px: int) -> float:
     return rates[min((size for size in rates if size >= px), default=max(rates))]
 
 
+def gpu_rates(options: EstimateOptions) -> dict[int, float]:
+    """Training images a second of the GPU, for each size in pixels that is known."""
+    if options.step_benchmark is None:
+        return {224: options.gpu_img_per_s}
+    record = read_json(options.step_benchmark)
+    try:
+        if record["hardware"]["gpu"] is None:
+            raise UserError(f"{options.step_benchmark} was measured without a GPU")
+        return {row["px"]: row["ours_img_per_s"]["median"] for row in record["sizes"]}
+    except (TypeError, KeyError):
+        raise UserError(
+            f"{options.step_benchmark} is not what scripts/benchmark_step.py --output writes"
+        ) from None
+
+
+def gpu_rate(rates: dict[int, float], px: int) -> float:
+    """The rate at the nearest size that is known, scaled by the pixels."""
+    nearest = min(rates, key=lambda size: abs(size - px))
+    return rates[nearest] * (nearest / px) ** 2
+
+
 def hours(
-    config: Config, gpu_rate: float, cores: float, rates: dict[int, float]
+    config: Config, gpu: dict[int, float], cores: float, rates: dict[int, float]
 ) -> tuple[float, float]:
     """Hours of the run, and the share of the training time in which the cores are the slower."""
     train_s = waiting_s = 0.0
     for epoch in range(config.epochs):
         px = train_px(config, epoch)
-        gpu_s = TRAIN_IMAGES * (px / 224) ** 2 / gpu_rate
+        gpu_s = TRAIN_IMAGES / gpu_rate(gpu, px)
         cores_s = TRAIN_IMAGES / (cores * core_rate(rates, px))
         train_s += max(gpu_s, cores_s)
         waiting_s += max(gpu_s, cores_s) * (cores_s > gpu_s)
-    val_s = VAL_IMAGES * (config.val_px / 224) ** 2 / gpu_rate * VAL_SHARE * config.epochs
+    val_s = VAL_IMAGES / gpu_rate(gpu, config.val_px) * VAL_SHARE * config.epochs
     return (train_s + val_s) / 3600, waiting_s / train_s
+
+
+def epochs_until(published: tuple[tuple[int, float], ...], top1: float) -> int | None:
+    """The length of a run that ends at `top1` percent; None if no published one got so far."""
+    if published and top1 <= published[0][1]:
+        return published[0][0]  # the shortest that is known
+    for (epochs, low), (more_epochs, high) in itertools.pairwise(published):
+        if low < top1 <= high:
+            return math.ceil(epochs + (top1 - low) / (high - low) * (more_epochs - epochs))
+    return None
+
+
+def tell_lengths(options: EstimateOptions) -> None:
+    """Print the table by epochs."""
+    plans = {f"{options.config.train_px} px throughout": options.config}
+    if not options.config.first_train_px and options.config == RECIPES["reference"].config:
+        growing = dataclasses.replace(options.config, first_train_px=128, train_px=192)
+        plans = {"224 px throughout": options.config, "128 to 192 px": growing}
+    elif options.config.first_train_px:
+        plans = {f"{options.config.first_train_px} to {options.config.train_px} px": options.config}
+    print("\n| crops | epochs | instance | hours | spot | on demand | slower part |")
+    print("|---|---|---|---|---|---|---|")
+    for (crops, plan), epochs in itertools.product(plans.items(), options.epochs_to_show):
+        config = dataclasses.replace(plan, epochs=epochs)
+        check_config(config)
+        for instance in INSTANCES:
+            print(f"| {crops} | {epochs} | {instance} | {cells(options, config, instance)} |")
+
+
+def cells(options: EstimateOptions, config: Config, instance: str) -> str:
+    """Hours, price and what limits them, of a run on an instance, as cells of a table."""
+    vcpus, price = INSTANCES[instance]
+    cores = vcpus * options.core_per_vcpu
+    rates = core_rates(options.data_benchmark)
+    run_h, waiting = hours(config, gpu_rates(options), cores, rates)
+    slower = f"CPU in {100 * waiting:.0f} % of the time" if waiting else "GPU"
+    spot = run_h * price * options.spot_share
+    return f"{run_h:.1f} | ${spot:.2f} | ${run_h * price:.2f} | {slower}"
+
+
+def tell_accuracies(options: EstimateOptions) -> None:
+    """Print the table by accuracy, on the smallest instance."""
+    instance = next(iter(INSTANCES))
+    print(f"\nOn a {instance}, with the crops and validation of each recipe:")
+    print(
+        "\n| recipe | top-1 | epochs | hours | spot | on demand | slower part | accuracies from |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for (name, recipe), top1 in itertools.product(RECIPES.items(), options.top1):
+        if not recipe.published:
+            continue
+        epochs = epochs_until(recipe.published, top1)
+        if epochs is None:
+            print(
+                f"| {name} | {top1:g} % | not known to get there | | | | | {recipe.published_by} |"
+            )
+            continue
+        config = dataclasses.replace(recipe.config, epochs=epochs)
+        print(
+            f"| {name} | {top1:g} % | {epochs} | {cells(options, config, instance)} "
+            f"| {recipe.published_by} |"
+        )
 
 
 def main() -> None:
@@ -98,33 +192,15 @@ def main() -> None:
     for name in ("gpu_img_per_s", "core_per_vcpu", "spot_share"):
         if not getattr(options, name) > 0:
             raise UserError(f"{name} is {getattr(options, name)}: it must be above 0")
-    rates = core_rates(options.data_benchmark)
-    plans = {f"{options.config.train_px} px throughout": options.config}
-    if not options.config.first_train_px and options.config == RECIPES["reference"]:
-        growing = dataclasses.replace(options.config, first_train_px=128, train_px=192)
-        plans = {"224 px throughout": options.config, "128 to 192 px": growing}
-    elif options.config.first_train_px:
-        plans = {f"{options.config.first_train_px} to {options.config.train_px} px": options.config}
+    rates, gpu = core_rates(options.data_benchmark), gpu_rates(options)
     sizes = ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in rates.items())
+    measured = ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in gpu.items())
     print(
-        f"ESTIMATE, not a measurement: GPU {options.gpu_img_per_s:.0f} img/s at 224 px; a vCPU "
+        f"ESTIMATE, not a measurement: GPU {measured}, scaled by the pixels; a vCPU "
         f"counts as {options.core_per_vcpu:g} cores, of which each prepares {sizes}"
     )
-    print("\n| crops | epochs | instance | hours | spot | on demand | slower part |")
-    print("|---|---|---|---|---|---|---|")
-    for crops, plan in plans.items():
-        for epochs in options.epochs_to_show:
-            config = dataclasses.replace(plan, epochs=epochs)
-            check_config(config)
-            for instance, (vcpus, price) in INSTANCES.items():
-                cores = vcpus * options.core_per_vcpu
-                run_h, waiting = hours(config, options.gpu_img_per_s, cores, rates)
-                slower = f"CPU in {100 * waiting:.0f} % of the time" if waiting else "GPU"
-                print(
-                    f"| {crops} | {epochs} | {instance} | {run_h:.1f} "
-                    f"| ${run_h * price * options.spot_share:.2f} | ${run_h * price:.2f} "
-                    f"| {slower} |"
-                )
+    tell_lengths(options)
+    tell_accuracies(options)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def data_name(config: Config, classes: list[str], row: dict[str, Any]) -> str:
         return "ImageNet-1k" if whole else "a part of ImageNet-1k"
     if all(map(is_wordnet_id, classes)) and labels != classes:
         return "Imagenette"
-    if config.train_folder_name == RECIPES["quickstart"].train_folder_name:
+    if config.train_folder_name == RECIPES["quickstart"].config.train_folder_name:
         return "scikit-learn's handwritten digits"
     return "a data set of its own"
 

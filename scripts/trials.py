@@ -107,7 +107,7 @@ def _config(where: str, settings: dict[str, Any]) -> Config:
         allowed = {float: (float, int)}.get(known[name], (known[name],))
         if isinstance(known[name], type) and type(value) not in allowed:
             raise UserError(f"{where}: {name} is {value!r}, and must be a {known[name].__name__}")
-    config = dataclasses.replace(RECIPES[recipe], **settings)
+    config = dataclasses.replace(RECIPES[recipe].config, **settings)
     try:
         check_config(config)
     except UserError as error:
@@ -130,7 +130,7 @@ def run_name(variant: str, seed: int) -> str:
 
 def train(config: Config) -> int:
     """The trainer's exit code; its output goes to the run's own train.log and the screen."""
-    default = RECIPES[config.recipe]
+    default = RECIPES[config.recipe].config
     command = [sys.executable, str(TRAINER), "--recipe", config.recipe]
     for field in dataclasses.fields(Config):
         value, option = getattr(config, field.name), field.name.replace("_", "-")

@@ -341,7 +341,7 @@ def test_the_card_names_only_what_it_knows(run: Path) -> None:
     part = {**whole, "train_images": 100_000}
     assert push_model.data_name(Config(), wnids, part) == "a part of ImageNet-1k"
     assert push_model.data_name(Config(), ["a", "b"], whole) == "a data set of its own"
-    digits = utils.RECIPES["quickstart"]
+    digits = utils.RECIPES["quickstart"].config
     assert "digits" in push_model.data_name(digits, list("0123456789"), part)
     record = json.loads((run / "config.json").read_text())
     record["config"] = dataclasses.asdict(Config(**{**record["config"], "epochs": 9}))

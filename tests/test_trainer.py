@@ -198,14 +198,19 @@ def test_workers_and_repetition_change_nothing(
     assert outcome(other)["weights"] != with_one["weights"]
 
 
-@pytest.mark.parametrize("first_px", [0, 32])
-def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], first_px: int) -> None:
-    """Every step of a run in turn is its last before a restart; in one process, for speed.
-
-    The crops are of one size, or of 32 px in the first epoch and of 64 px in the second.
-    """
-    sizes = {"first_train_px": first_px, "train_px": 64} if first_px else {}
-    config = Config(**{**settings, **sizes})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"first_train_px": 32, "train_px": 64},  # one in the first epoch, the other in the second
+        {"optimizer": "muon", "average_steps": 2, "label_smoothing": 0.1},
+    ],
+)
+def test_a_stop_after_any_step_changes_nothing(
+    settings: dict[str, object], changes: dict[str, object]
+) -> None:
+    """Every step of a run in turn is its last before a restart; in one process, for speed."""
+    config = Config(**{**settings, **changes})
     train_set, _, _ = image_files.open_images(config)
     folder = Path(settings["runs_folder"])
     folder.mkdir()
@@ -233,6 +238,8 @@ def test_a_stop_after_any_step_changes_nothing(settings: dict[str, object], firs
         steps(resumed, 6 - stop)
         for name, value in undisturbed.model.state_dict().items():
             assert torch.equal(resumed.model.state_dict()[name], value), (stop, name)
+        for name, value in undisturbed.kept.state_dict().items():
+            assert torch.equal(resumed.kept.state_dict()[name], value), (stop, name)
         assert torch.equal(resumed.totals["loss"], undisturbed.totals["loss"])
         for path in folder.iterdir():
             path.unlink()
@@ -513,6 +520,58 @@ def test_the_step_is_sgd_as_torch_has_it(settings: dict[str, object]) -> None:
         error = trained[name] - (weight + change)
         # The longest sums, those of the first layers, keep two or three digits in fp32.
         assert error.norm() <= 0.01 * change.norm() + 1e-7, name
+
+
+def test_smoothing_and_decay_are_as_written_out(settings: dict[str, object]) -> None:
+    """Label smoothing as a sum over soft targets; no decay on BatchNorm and biases."""
+    smooth = {"label_smoothing": 0.2, "decay_norm_and_bias": False, "weight_decay": 1.0}
+    config = Config(**{**settings, **smooth, "zero_init_residual": True})
+    run, plain = trainer.new_run(config, 3), trainer.new_run(config, 3).model
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (16,))
+    run.model.train()
+    loss = trainer.train_step(run, images, labels, 0.1)
+
+    targets = torch.full((16, 3), 0.2 / 3)
+    targets[range(16), labels] += 0.8
+    logits = plain.train()(data.normalize(images))
+    expected = -(targets * logits.log_softmax(1)).sum() / 16
+    expected.backward()
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
+    trained = dict(run.model.named_parameters())
+    for name, weight in plain.named_parameters():
+        decay = 1.0 if name == "model.fc.weight" or weight.ndim == 4 else 0.0
+        change = -0.1 * (weight.grad + decay * weight)
+        error = trained[name] - (weight + change)
+        assert error.norm() <= 0.01 * change.norm() + 1e-7, name
+
+
+def test_the_average_is_the_one_written_out(settings: dict[str, object]) -> None:
+    """Weights and BatchNorm's statistics, in float64; it is what a run validates and keeps."""
+    config = Config(**{**settings, "average_steps": 2})
+    run = trainer.new_run(config, 3)
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (8,))
+    expected = {name: value.double() for name, value in run.model.state_dict().items()}
+    for step in range(1, 13):
+        run.model.train()
+        trainer.train_step(run, images, labels, 0.01)
+        decay = min(0.5**0.5, (1 + step) / (10 + step))
+        for name, value in run.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+    assert decay == 0.5**0.5  # by now
+    for name, value in run.kept.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name
+
+    train({**settings, "average_steps": 2})
+    state = checkpoint.load_latest(run_folder(settings) / "checkpoints")
+    kept = torch.load(run_folder(settings) / "last.pt")
+    for name, value in state["average"].items():
+        assert torch.equal(kept[name], value), name
+    assert not torch.equal(kept["fc.weight"], state["model"]["fc.weight"])
 
 
 def test_precision_and_device_are_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_the_defaults_are_the_reference_runs() -> None:
         "train_folder_name": "/mnt/data/imagenetdata/train",
         "val_folder_name": "/mnt/data/imagenetdata/val",
     }
-    config = dataclasses.asdict(RECIPES["reference"])
+    config = dataclasses.asdict(RECIPES["reference"].config)
     assert {name: config[name] for name in expected} == expected
 
 
@@ -151,7 +151,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
 def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = {}
     for field in dataclasses.fields(Config):
-        value = getattr(RECIPES["reference"], field.name)
+        value = getattr(RECIPES["reference"].config, field.name)
         choices = {"recipe": "quickstart", "precision": "fp32", "device": "cpu"}
         if field.name in choices:
             changed[field.name] = choices[field.name]
@@ -172,7 +172,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arguments", [["--recipe", "quickstart"], ["--recipe=quickstart"]])
 def test_a_recipe_sets_the_defaults(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     config = parse(monkeypatch, *arguments, "--max_lr", "0.25")
-    assert config == dataclasses.replace(RECIPES["quickstart"], max_lr=0.25)
+    assert config == dataclasses.replace(RECIPES["quickstart"].config, max_lr=0.25)
 
 
 def test_help_names_every_setting_and_says_what_it_is() -> None:

@@ -1,0 +1,139 @@
+"""Orthogonalised steps, against singular value decompositions and the method written out."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import trainer
+from muon import Muon, orthogonalize
+from utils import RECIPES
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 60), (3, 60, 24), (1, 32, 32)])
+def test_singular_values_become_about_one_and_singular_vectors_stay(
+    shape: tuple[int, int, int],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(shape, generator=generator) * 1e-3
+    found = orthogonalize(matrices, torch.float32)
+    assert found.shape == matrices.shape
+    for before, after in zip(matrices.double(), found.double(), strict=True):
+        left, _, right = torch.linalg.svd(before, full_matrices=False)
+        inside = left.T @ after @ right.T  # diagonal, if the singular vectors are the same
+        values = inside.diagonal()
+        assert (inside - values.diag()).abs().max() < 1e-4
+        # The smallest ones of a square matrix may be too small for five rounds.
+        least = 0.65 if shape[1] != shape[2] else 0.0
+        assert least < values.min() and values.max() < 1.25
+        assert values.median() > 0.65
+
+
+class Small(nn.Module):
+    """Two convolutions as matrices, wide and tall, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.tall = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 48, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tall(self.wide(images))
+
+
+def new_small() -> tuple[Small, Muon]:
+    model = Small().to(memory_format=torch.channels_last)
+    weights, biases = [model.wide.weight, model.tall.weight], [model.tall.bias]
+    groups = [
+        {"params": weights, "momentum": 0.0, "orthogonal_momentum": 0.8, "weight_decay": 0.1},
+        {"params": biases, "momentum": 0.8, "nesterov": True, "weight_decay": 0.0},
+    ]
+    optimizer = Muon(groups, torch.float32, lr=0.05, fused=True)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return model, optimizer
+
+
+def loss_of(model: Small, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(2, 4, 5, 5, generator=generator).to(memory_format=torch.channels_last)
+    return model(images).square().mean()
+
+
+def written_out(matrix: torch.Tensor) -> torch.Tensor:
+    """The quintic iteration on a single matrix in float64, one term after another."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    return x
+
+
+def test_the_step_is_the_method_written_out() -> None:
+    model, optimizer = new_small()
+    plain = Small().double()
+    momentum = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters()}
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        for parameter in plain.parameters():
+            parameter.grad = None
+        generator = torch.Generator().manual_seed(step)
+        plain(torch.randn(2, 4, 5, 5, generator=generator).double()).square().mean().backward()
+        with torch.no_grad():
+            for name, weight in plain.named_parameters():
+                momentum[name] = 0.8 * momentum[name] + weight.grad
+                update = weight.grad + 0.8 * momentum[name]
+                if weight.ndim == 4:
+                    rows, columns = weight.shape[0], weight[0].numel()
+                    update = written_out(update.reshape(rows, columns)).view(weight.shape)
+                    update = update * max(1, rows / columns) ** 0.5 + 0.1 * weight
+                weight.sub_(0.05 * update)
+    for name, weight in model.named_parameters():
+        assert torch.allclose(weight.double(), plain.state_dict()[name], atol=2e-5), name
+
+
+def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step() -> None:
+    plain, optimizer = new_small()
+    scaled, scaled_optimizer = new_small()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(plain, step).backward()
+        optimizer.step()
+        scaled_optimizer.zero_grad()
+        scaler.scale(loss_of(scaled, step)).backward()
+        scaler.step(scaled_optimizer)
+        scaler.update()
+    for name, weight in plain.state_dict().items():
+        assert torch.allclose(scaled.state_dict()[name], weight, atol=1e-6), name
+
+    before = {name: weight.clone() for name, weight in scaled.state_dict().items()}
+    buffers = [state["momentum_buffer"].clone() for state in scaled_optimizer.state.values()]
+    scaled_optimizer.zero_grad()
+    scaler.scale(loss_of(scaled, 2) * torch.inf).backward()
+    scaler.step(scaled_optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 128
+    for name, weight in scaled.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    for state, buffer in zip(scaled_optimizer.state.values(), buffers, strict=True):
+        assert torch.equal(state["momentum_buffer"], buffer)
+
+
+def test_of_resnet50_all_convolutions_but_the_first_are_orthogonalised() -> None:
+    run = trainer.new_run(dataclasses.replace(RECIPES["fast"].config, precision="fp32"), 3)
+    names = {parameter: name for name, parameter in run.model.model.named_parameters()}
+    groups = {
+        (bool(group["orthogonal_momentum"]), group["weight_decay"]): [
+            names[parameter] for parameter in group["params"]
+        ]
+        for group in run.optimizer.param_groups
+    }
+    decay = RECIPES["fast"].config.weight_decay
+    assert set(groups) == {(True, decay), (False, decay), (False, 0.0)}
+    assert groups[False, decay] == ["conv1.weight", "fc.weight"]
+    assert len(groups[True, decay]) == 52
+    assert all("conv" in name or "downsample.0" in name for name in groups[True, decay])
+    assert all("bn" in n or "downsample.1" in n or n == "fc.bias" for n in groups[False, 0.0])

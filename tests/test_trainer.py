@@ -82,7 +82,8 @@ def _remove_checkpoints(tmp_path: Path) -> Iterator[None]:
 def as_options(settings: dict[str, object]) -> list[str]:
     options = []
     for name, value in settings.items():
-        options += [f"--{name.replace('_', '-')}", str(value)]
+        option = f"--{name.replace('_', '-')}"
+        options += [option] if value is True else [option, str(value)]
     return options
 
 

@@ -468,15 +468,22 @@ def test_a_mixed_step_is_that_of_soft_targets() -> None:
     run = trainer.new_run(dataclasses.replace(config, zero_init_residual=True), 9)
     run.model.eval()  # each image by itself
     torch.manual_seed(3)
-    images = torch.randint(0, 256, (7, 32, 32, 3), dtype=torch.uint8)
-    labels = torch.randint(0, 9, (7,))
-    weight = run.model.model.fc.weight
+    weight = torch.nn.init.normal_(run.model.model.fc.weight)
+    by_partner = 0
+    # Each of another colour, so that it is taken for something else.
+    images = torch.randint(0, 256, (7, 1, 1, 3)) + torch.randint(-20, 20, (7, 32, 32, 3))
+    images = images.clamp(0, 255).byte()
+    with torch.no_grad():
+        run.model.model.fc.bias -= run.model(data.normalize(images)).mean(0)
+        labels = run.model(data.normalize(images)).argmax(1)
     for mix in MIXES[:4]:
         logits = run.model(mixed_by_torchvision(data.normalize(images), labels, mix))
         targets = one_hot(labels, mix, 9)
         expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
         gradient = torch.autograd.grad(expected, weight)[0]
-        right = (logits.argmax(1) == targets.argmax(1)).sum().item()
+        guesses = logits.argmax(1)
+        right = (guesses == targets.argmax(1)).sum().item()
+        by_partner += right > (guesses == labels).sum().item()
         for run.micro_batch_size in (0, 3):
             run.totals = trainer.new_totals(run.device)
             loss = trainer.train_step(run, images, labels, 0.0, mix=mix)
@@ -484,6 +491,7 @@ def test_a_mixed_step_is_that_of_soft_targets() -> None:
             assert math.isclose(run.totals["loss"].item(), 7 * expected.item(), rel_tol=1e-5)
             assert torch.allclose(weight.grad, gradient, rtol=1e-3, atol=1e-6)
             assert run.totals["counts"][::2].tolist() == [right, 7]
+    assert by_partner  # some are right about the larger share, which is not their own label's
 
 
 # ------------------------------------------------------------------------------ whole runs

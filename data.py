@@ -4,15 +4,13 @@ Threads decode and crop the images, each writing straight into its place in one 
 shape (N, H, W, 3); decoding, resizing and reading release Python's interpreter lock. The bytes
 stay bytes until they are on the device, where `normalize` makes floats of them.
 
-Order, crop and flip of an image are a function of (seed, epoch, index) alone, so that neither the
-number of threads or processes nor an interruption changes what the model sees.
+What is random about an image, augment.py draws, so that neither the number of threads or processes
+nor an interruption changes what the model sees.
 """
 
 import collections
 import functools
 import itertools
-import math
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import augment
 import distributed
 import tiled_jpeg
 from image_files import (
@@ -37,61 +36,7 @@ RESIZE = cv2.INTER_LINEAR  # of a training crop, of which less than half is left
 
 cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would fight them
 
-# ------------------------------------------------------------------------------ augmentation
-
-
-_philox = threading.local()  # a generator and its state for each thread: making them is slow
-
-
-def random_words(seed: int, epoch: int, index: int) -> np.random.Philox:
-    """This thread's generator of random uint64, where those of (seed, epoch, index) begin.
-
-    Philox is a counter turned into noise (Salmon et al., SC 2011): there is no state to keep, and
-    NumPy promises that its raw stream stays the same in later versions.
-    """
-    if not hasattr(_philox, "generator"):
-        _philox.generator = np.random.Philox(key=0, counter=0)
-        _philox.state = _philox.generator.state
-    place = _philox.state["state"]
-    place["key"][:] = epoch, seed
-    place["counter"][1] = index
-    _philox.generator.state = _philox.state
-    return _philox.generator
-
-
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
-    """The order of an epoch: each of range(images) once, int64."""
-    # Counted from 0 up, the indexes of images never reach this one.
-    return np.argsort(random_words(seed, epoch, 2**64 - 1).random_raw(images), kind="stable")
-
-
-def random_crop(
-    seed: int, epoch: int, index: int, height: int, width: int, min_scale: float
-) -> tuple[int, int, int, int, bool]:
-    """Crop (top, left, crop_height, crop_width) and whether to mirror it.
-
-    The distribution is that of torchvision's RandomResizedCrop(scale=(min_scale, 1),
-    ratio=(3/4, 4/3)) and RandomHorizontalFlip(0.5): ten tries, then the largest central crop
-    within the ratios.
-    """
-    word = random_words(seed, epoch, index).random_raw
-    mirrored = word() < 2**63
-    log_ratio = math.log(4 / 3)
-    for _ in range(10):
-        area_draw, ratio_draw, top_draw, left_draw = [
-            (word() >> 11) * 2.0**-53  # [0, 1)
-            for _ in range(4)
-        ]
-        area = height * width * (min_scale + area_draw * (1 - min_scale))
-        ratio = math.exp(log_ratio * (2 * ratio_draw - 1))  # width over height
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(top_draw * (height - crop_height + 1))
-            left = int(left_draw * (width - crop_width + 1))
-            return top, left, crop_height, crop_width, mirrored
-    crop_width = min(width, round(height * 4 / 3))
-    crop_height = min(height, round(width * 4 / 3))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, mirrored
+# ------------------------------------------------------------------------------ pictures
 
 
 def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np.ndarray) -> None:
@@ -107,7 +52,7 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
     data, size = encoded
     picture = decode_with_pillow(data) if size is None else None
     height, width = size or picture.shape[:2]
-    top, left, crop_height, crop_width, mirrored = random_crop(
+    top, left, crop_height, crop_width, mirrored = augment.random_crop(
         config.seed, epoch, index, height, width, config.crop_min_scale
     )
     if picture is None:
@@ -130,6 +75,7 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
         cv2.flip(cv2.resize(crop, (px, px), interpolation=RESIZE), 1, dst=out)
     else:
         cv2.resize(crop, (px, px), dst=out, interpolation=RESIZE)
+    augment.change_pixels(config, epoch, index, out)
 
 
 def fill_val(config: Config, encoded: Encoded, index: int, out: np.ndarray) -> None:
@@ -279,7 +225,7 @@ def train_batches(
     return batches(
         image_set,
         functools.partial(fill_train, config, epoch),
-        epoch_order(config.seed, epoch, len(image_set)),
+        augment.epoch_order(config.seed, epoch, len(image_set)),
         config.batch_size,
         train_px(config, epoch),
         config.workers,

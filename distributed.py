@@ -16,6 +16,7 @@ WAIT_S: then that one is alive but stuck. One that has ended is noticed at once,
 import atexit
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import socket
@@ -136,15 +137,28 @@ def describe(config: Config) -> str:
 # ------------------------------------------------------------------------------ what each computes
 
 
+def _cuts(batch_size: int) -> list[int]:
+    """Where each process's part of a batch begins, and the last one ends.
+
+    All but the end are even, so that no pair of images that are mixed is torn apart.
+    """
+    count, pairs = processes(), -(-batch_size // 2)
+    return [min(batch_size, 2 * (number * pairs // count)) for number in range(count + 1)]
+
+
 def share(batch: np.ndarray) -> np.ndarray:
-    """This process's part of a batch; the parts differ by one image at most."""
-    count, whole = processes(), len(batch)
-    return batch[number() * whole // count : (number() + 1) * whole // count]
+    """This process's part of a batch; the parts differ by two images at most."""
+    cuts = _cuts(len(batch))
+    return batch[cuts[number()] : cuts[number() + 1]]
+
+
+def _share_sizes(batch_size: int) -> list[int]:
+    return [end - start for start, end in itertools.pairwise(_cuts(batch_size))]
 
 
 def micro_batches(batch_size: int, micro_batch_size: int) -> int:
     """In how many parts each process computes its share of a batch: the same number in all."""
-    largest_share = -(-batch_size // processes())
+    largest_share = max(_share_sizes(batch_size))
     return -(-largest_share // (micro_batch_size or largest_share))
 
 
@@ -157,10 +171,11 @@ def check_shares(config: Config, images: int) -> None:
     needed = 1 if config.sync_batchnorm and count > 1 else 2
     for what, size in (("a", config.batch_size), ("the last", images % config.batch_size)):
         parts = micro_batches(size, config.micro_batch_size) if size else 1
-        least = size // count // parts
+        least = min(_share_sizes(size)) // parts
         if not size or least >= needed:
             continue
-        advice = f"use {size // needed} processes or fewer"
+        most = size // 2 if needed == 2 else -(-size // 2)  # a pair of images each
+        advice = f"use {most} processes or fewer"
         if parts > 1:
             advice = "use a larger --micro-batch-size"
         if least and count > 1:

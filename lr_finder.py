@@ -21,6 +21,7 @@ from pathlib import Path
 import matplotlib
 import tqdm
 
+import augment
 import data
 import image_files
 import trainer
@@ -35,6 +36,7 @@ from utils import (
     run_folder,
     run_stage,
     start_log,
+    steps_per_epoch,
     train_px,
     write_json,
 )
@@ -62,9 +64,12 @@ class FinderOptions:
 
 
 def range_test(
-    run: trainer.Run, batches: Iterator[data.Batch], options: FinderOptions
+    run: trainer.Run, batches: Iterator[data.Batch], options: FinderOptions, epoch_steps: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Learning rates, losses, smoothed losses: a value a step, until the end or divergence."""
+    """Learning rates, losses, smoothed losses: a value a step, until the end or divergence.
+
+    The batches are those of epochs of `epoch_steps` each, one after another.
+    """
     growth = (options.last_lr / options.first_lr) ** (1 / max(1, options.steps - 1))
     rates: list[float] = []
     losses: list[float] = []
@@ -74,7 +79,9 @@ def range_test(
     run.model.train()
     for step, (images, labels) in zip(bar, batches, strict=False):
         rate = options.first_lr * growth**step
-        loss = trainer.train_step(run, images, labels, rate).item()  # waits: every loss counts here
+        mix = augment.draw_mix(options.config, *divmod(step, epoch_steps), images.shape[1])
+        loss = trainer.train_step(run, images, labels, rate, mix=mix)
+        loss = loss.item()  # waits: every loss counts here
         if not math.isfinite(loss):
             break
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -182,7 +189,9 @@ def main() -> None:
     with contextlib.closing(
         data.to_device(itertools.chain.from_iterable(epochs), run.device)
     ) as batches:
-        rates, losses, smoothed = range_test(run, batches, options)
+        rates, losses, smoothed = range_test(
+            run, batches, options, steps_per_epoch(config, train_set)
+        )
     suggestion = suggest(rates, smoothed)
     draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
     write_json(

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import tqdm
 
+import augment
 import checkpoint
 import data
 import distributed
@@ -182,13 +183,14 @@ def train_step(
     labels: torch.Tensor,
     learning_rate: float,
     batch_size: int | None = None,
+    mix: augment.Mix | None = None,
 ) -> torch.Tensor:
     """One optimizer step on a batch on the device: images uint8 (N, H, W, 3), labels int64 (N,).
 
     Where several processes share a batch, these are this one's of its `batch_size` images. The
-    gradient is that of the mean loss over the whole batch, however it is divided. Returns the mean
-    loss of these images, a scalar on the device, and adds loss, counts and trouble to run.totals,
-    both without waiting for the device.
+    gradient is that of the mean loss over the whole batch, however it is divided, after it was
+    mixed as `mix` says. Returns the mean loss of these images, a scalar on the device, and adds
+    loss, counts and trouble to run.totals, both without waiting for the device.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -196,21 +198,23 @@ def train_step(
     batch_size = batch_size or len(labels)
     parts = distributed.micro_batches(batch_size, run.micro_batch_size)
     loss = torch.zeros((), device=run.device)
-    divided = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-    for part, (some, their_labels) in enumerate(divided, start=1):
+    images = data.normalize(images, DTYPES[run.precision])
+    partners = labels if mix is None else augment.mix_pairs(images, labels, mix)
+    whole = images, labels, partners
+    divided = zip(*(tensor.tensor_split(parts) for tensor in whole), strict=True)
+    for part, (some, their_labels, partners_labels) in enumerate(divided, start=1):
         # A smaller last batch is not worth a compilation of its own.
         model = run.compiled if len(some) == run.compiled_batch_size else run.training_model
         with distributed.adds_up(run.training_model, part == parts):
             with autocast(run.device, run.precision):
-                logits = model(data.normalize(some, DTYPES[run.precision])).float()
-            mean = torch.nn.functional.cross_entropy(
-                logits, their_labels, label_smoothing=run.label_smoothing
-            )
+                logits = model(some).float()
+            mean = mean_loss(run, logits, their_labels, partners_labels, mix)
             # DistributedDataParallel takes the mean over the processes.
             share = len(some) * distributed.processes() / batch_size
             run.scaler.scale(mean * share).backward()
         loss += mean.detach() * (len(some) / len(labels))
-        add_to_totals(run.totals, mean.detach(), logits.detach(), their_labels)
+        right = their_labels if mix is None or mix.own_share >= 0.5 else partners_labels
+        add_to_totals(run.totals, mean.detach(), logits.detach(), right)
     scale = run.scaler.scale(torch.ones_like(loss))  # 1 where there is no scaling
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -220,6 +224,22 @@ def train_step(
         run.average.follow(run.step)
     add_trouble(run.totals["trouble"], loss, skipped)
     return loss
+
+
+def mean_loss(
+    run: Run,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    partners: torch.Tensor,
+    mix: augment.Mix | None,
+) -> torch.Tensor:
+    """Cross entropy of logits (N, C), where images were mixed with labels in the same shares."""
+    smoothing = run.label_smoothing
+    own = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if mix is None:
+        return own
+    others = torch.nn.functional.cross_entropy(logits, partners, label_smoothing=smoothing)
+    return mix.own_share * own + (1 - mix.own_share) * others
 
 
 def new_totals(device: torch.device) -> dict[str, torch.Tensor]:
@@ -346,9 +366,11 @@ def train_epoch(
         contextlib.closing(data.to_device(batches, run.device)) as batches,
     ):
         for images, labels in distributed.heeded(batches, heed):
-            begun = (run.step - epoch * steps) * config.batch_size
-            batch_size = min(config.batch_size, len(train_set) - begun)
-            train_step(run, images, labels, learning_rate(config, run.step, steps), batch_size)
+            batch = run.step - epoch * steps
+            batch_size = min(config.batch_size, len(train_set) - batch * config.batch_size)
+            rate = learning_rate(config, run.step, steps)
+            mix = augment.draw_mix(config, epoch, batch, images.shape[1])
+            train_step(run, images, labels, rate, batch_size, mix)
             now = time.monotonic()
             run.epoch_s += now - clock
             run.elapsed_s += now - clock
@@ -657,7 +679,8 @@ def dry_run(
     steps = steps_per_epoch(config, train_set)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
-        train_step(run, images, labels, learning_rate(config, run.step, steps)).item()
+        mix = augment.draw_mix(config, 0, run.step, images.shape[1])
+        train_step(run, images, labels, learning_rate(config, run.step, steps), mix=mix).item()
 
     run.model.train()
     with contextlib.suppress(torch.OutOfMemoryError):  # and with it the memory of the failed step

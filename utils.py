@@ -134,6 +134,17 @@ class Config:
     """smallest share of an image's area that a training crop covers, 0 to 1"""
     flip: bool = True
     """mirror half of the training images"""
+    trivial_augment: bool = False
+    """change each training crop by one of 14 operations, drawn with its strength: TrivialAugment"""
+    erase_probability: float = 0.0
+    """share of the training crops, 0 to 1, in which a rectangle of 2 to 33 % of the area is painted
+    over with ImageNet's mean colour: random erasing"""
+    mixup_alpha: float = 0.0
+    """blend pairs of training images and their labels, by shares drawn from Beta(alpha, alpha) for
+    each batch: MixUp; training accuracy then counts the label with the larger share; 0: never"""
+    cutmix_alpha: float = 0.0
+    """the same with a rectangle of the other image in place of the blend: CutMix; with both above
+    0, each batch has one of them, with equal chance; 0: never"""
     zero_init_residual: bool = False
     """start every residual branch at zero, so that deep blocks begin as the identity"""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -144,7 +155,7 @@ class Config:
     compile: bool = False
     """train the model through torch.compile, which needs a C++ compiler and time at each start"""
     seed: int = 0
-    """seed of the first weights, the order of the images, the crops and the flips"""
+    """seed of the first weights, and of all that is random about the images"""
     workers: int = 12
     """threads that decode images, in each process; 0 decodes in the training thread"""
     skip_bad_images: bool = False
@@ -172,7 +183,8 @@ RESULT_SETTINGS = frozenset(
         *("optimizer", "decay_norm_and_bias", "label_smoothing", "average_steps"),
         *("pct_start", "div_factor", "final_div_factor", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
-        *("crop_min_scale", "flip", "zero_init_residual", "precision", "seed", "skip_bad_images"),
+        *("crop_min_scale", "flip", "trivial_augment", "erase_probability", "mixup_alpha"),
+        *("cutmix_alpha", "zero_init_residual", "precision", "seed", "skip_bad_images"),
     }
 )
 
@@ -372,7 +384,7 @@ def check_config(config: Config) -> None:
         raise UserError("batch_size is 1: it must be 2 or more, for BatchNorm's statistics")
     not_negative = ("extra_epochs", "momentum", "weight_decay", "workers", "checkpoint_minutes")
     more = ("label_smoothing", "micro_batch_size", "average_steps", "price_per_hour", "budget_usd")
-    for field in (*not_negative, *more):
+    for field in (*not_negative, *more, "erase_probability", "mixup_alpha", "cutmix_alpha"):
         value = getattr(config, field)
         if not 0 <= value < math.inf:
             raise UserError(f"{field} is {value}: it must be 0 or more")
@@ -381,6 +393,8 @@ def check_config(config: Config) -> None:
     for field in ("momentum", "label_smoothing"):
         if getattr(config, field) >= 1:
             raise UserError(f"{field} is {getattr(config, field)}: it must be below 1")
+    if config.erase_probability > 1:
+        raise UserError(f"erase_probability is {config.erase_probability}: it must be at most 1")
     if not 0 < config.crop_min_scale <= 1:
         raise UserError(f"crop_min_scale is {config.crop_min_scale}: it must be above 0, at most 1")
     if not 0 <= config.seed < 2**63:

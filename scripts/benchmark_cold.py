@@ -33,6 +33,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import augment
 import data
 import image_files
 from store import open_store
@@ -80,7 +81,7 @@ def load(connection: Any, options: BenchmarkOptions, read_ahead: int) -> None:
     """Load the pictures once; sends the images a second, and the megabytes read from the disk."""
     keep_freed_memory()
     images = image_files.open_image_set(str(options.store), "train")
-    order = data.epoch_order(0, 0, len(images))[: options.images]
+    order = augment.epoch_order(0, 0, len(images))[: options.images]
     fill = functools.partial(data.fill_train, Config(), 0)
     before = disk_bytes()
     started = time.perf_counter()

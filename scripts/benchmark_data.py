@@ -130,13 +130,14 @@ def torchvision_originals(places: Places, px: int, cores: int) -> Iterator[int]:
 
 def ours(folder_name: str, px: int, cores: int) -> Iterator[int]:
     """data.train_batches on a folder or a store, a thread a core."""
+    import augment
     import data
     import image_files
 
     images = image_files.open_image_set(folder_name, "train")
     config = dataclasses.replace(Config(), train_px=px, batch_size=BATCH_SIZE, workers=cores)
     fill = functools.partial(data.fill_train, config, 0)
-    order = np.concatenate([data.epoch_order(0, epoch, len(images)) for epoch in range(EPOCHS)])
+    order = np.concatenate([augment.epoch_order(0, epoch, len(images)) for epoch in range(EPOCHS)])
     while True:
         batches = data.batches(images, fill, order, BATCH_SIZE, px, cores)
         yield from (len(labels) for _, labels in batches)

@@ -28,10 +28,10 @@ from pictures import (
     write_set,
 )
 from PIL import Image, ImageOps
-from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional
 
+import augment
 import data
 import image_files
 from utils import MEAN, STD, Config, UserError
@@ -53,100 +53,6 @@ def filled(fill: Callable, *arguments: object, px: int) -> np.ndarray:
 
 def decoding_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
-
-
-# ------------------------------------------------------------------------------ crop and order
-
-
-def random_crops(
-    height: int, width: int, min_scale: float, count: int, seed: int = 0, epoch: int = 0
-) -> np.ndarray:
-    """(count, 5): top, left, height, width and mirrored of the first indexes."""
-    crops = [
-        data.random_crop(seed, epoch, index, height, width, min_scale) for index in range(count)
-    ]
-    return np.array(crops, dtype=float)
-
-
-def features(crops: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(n, 4): area share, log of the aspect, and where between its limits the crop lies."""
-    top, left, crop_height, crop_width = crops.T[:4]
-    return np.stack(
-        [
-            crop_height * crop_width / (height * width),
-            np.log(crop_width / crop_height),
-            top / np.maximum(1, height - crop_height),
-            left / np.maximum(1, width - crop_width),
-        ],
-        axis=1,
-    )
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "min_scale"),
-    [
-        (375, 500, 0.08),
-        (500, 375, 0.35),
-        (100, 1000, 0.08),  # ten tries often fail: the central crop takes over
-        (90, 30, 0.3),  # as above, upright
-        (12, 16, 0.25),  # so small that a place too few or too many shows
-    ],
-)
-def test_crops_are_distributed_as_torchvisions(height: int, width: int, min_scale: float) -> None:
-    count = 20_000
-    torch.manual_seed(0)
-    empty = torch.empty(1).expand(3, height, width)
-    crop = transforms.RandomResizedCrop(1, scale=(min_scale, 1), ratio=(3 / 4, 4 / 3))
-    expected = np.array([crop.get_params(empty, crop.scale, crop.ratio) for _ in range(count)])
-    ours = random_crops(height, width, min_scale, count)
-    top, left, crop_height, crop_width, mirrored = ours.T
-    assert (top >= 0).all() and (left >= 0).all()
-    assert (crop_height > 0).all() and (top + crop_height <= height).all()
-    assert (crop_width > 0).all() and (left + crop_width <= width).all()
-
-    ours, expected = features(ours, height, width), features(expected, height, width)
-    for column in range(4):
-        # Of two samples from one distribution, one pair in a thousand is further apart (D 0.0195).
-        test = stats.ks_2samp(ours[:, column], expected[:, column], method="asymp")
-        assert test.pvalue > 0.001
-    # Nor do the four hang together in another way; 0.04 is four deviations of a difference.
-    between = np.corrcoef(ours.T) - np.corrcoef(expected.T)
-    assert np.abs(between).max() < 0.04
-    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / count**0.5
-    for column in ours.T:
-        assert abs(np.corrcoef(mirrored, column)[0, 1]) < 4 / count**0.5  # deviations
-
-
-@pytest.mark.parametrize(
-    "neighbour", [{"index": 1}, {"epoch": 1}, {"seed": 1}, {"seed": 1, "epoch": -1}]
-)
-def test_crops_of_neighbours_have_nothing_in_common(neighbour: dict[str, int]) -> None:
-    count, shift = 4000, neighbour.get("index", 0)
-    first = random_crops(375, 500, 0.08, count, seed=3, epoch=8)
-    seed, epoch = 3 + neighbour.get("seed", 0), 8 + neighbour.get("epoch", 0)
-    second = random_crops(375, 500, 0.08, count + shift, seed, epoch)[shift:]
-    for one, other in zip(first.T, second.T, strict=True):
-        assert abs(np.corrcoef(one, other)[0, 1]) < 4.5 / count**0.5  # deviations
-
-
-def test_crops_and_order_are_the_same_when_asked_again() -> None:
-    crops = random_crops(375, 500, 0.08, 50, seed=2**63 - 1, epoch=9)
-    assert (crops == random_crops(375, 500, 0.08, 50, seed=2**63 - 1, epoch=9)).all()
-    backwards = [data.random_crop(2**63 - 1, 9, i, 375, 500, 0.08) for i in reversed(range(50))]
-    assert (crops[::-1] == np.array(backwards)).all()
-    assert (data.epoch_order(5, 6, 1000) == data.epoch_order(5, 6, 1000)).all()
-
-
-def test_every_epoch_and_seed_has_its_own_order() -> None:
-    images = 10_000
-    orders = [np.arange(images)]
-    orders += [data.epoch_order(s, e, images) for s, e in ((0, 0), (0, 1), (1, 0), (0, 2), (2, 0))]
-    for place, order in enumerate(orders):
-        assert (np.sort(order) == np.arange(images)).all()
-        for other in orders[:place]:
-            assert abs(np.corrcoef(order, other)[0, 1]) < 4.5 / images**0.5  # deviations
-            assert (order == other).sum() < 10  # 1 is to be expected
-    assert data.epoch_order(0, 0, 1).tolist() == [0]
 
 
 # ------------------------------------------------------------------------------ pixels
@@ -239,7 +145,7 @@ def test_train_pixels_are_the_same_crop_of_torchvision(
     image = Image.open(io.BytesIO(encoded))
     from_averaged, from_torchvision, shifts, both = [], [], [], set()
     for index in range(40):
-        *box, mirrored = data.random_crop(CONFIG.seed, 4, index, height, width, 0.08)
+        *box, mirrored = augment.random_crop(CONFIG.seed, 4, index, height, width, 0.08)
         both.add(mirrored)
         ours = filled(data.fill_train, CONFIG, 4, as_read(encoded), index, px=px).astype(int)
         ours = ours[:, ::-1] if mirrored else ours
@@ -288,7 +194,7 @@ def test_train_pixels_of_other_formats_are_a_plain_bilinear_crop(name: str, px: 
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(FORMATS[name]))).convert("RGB")
     assert image.size == (420, 300)
     for index in range(10):
-        *box, mirrored = data.random_crop(CONFIG.seed, 2, index, 300, 420, 0.08)
+        *box, mirrored = augment.random_crop(CONFIG.seed, 2, index, 300, 420, 0.08)
         ours = filled(data.fill_train, CONFIG, 2, as_read(FORMATS[name]), index, px=px)
         expected = plain_crop(image, box, 1, px)
         assert_close(ours[:, ::-1] if mirrored else ours, expected, (1, 0.35))
@@ -301,7 +207,7 @@ def test_train_pixels_are_never_mirrored_without_flips() -> None:
     for index in range(20):
         ours = filled(data.fill_train, straight, 0, as_read(encoded), index, px=32)
         flipped = filled(data.fill_train, CONFIG, 0, as_read(encoded), index, px=32)
-        if data.random_crop(CONFIG.seed, 0, index, 60, 80, 0.08)[4]:
+        if augment.random_crop(CONFIG.seed, 0, index, 60, 80, 0.08)[4]:
             flipped = flipped[:, ::-1]
             mirrored += 1
         assert (ours == flipped).all()
@@ -339,7 +245,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
     monkeypatch.setattr(image_files.simplejpeg, "decode_jpeg", spy)
     encoded, px, scales = as_read(jpeg(scene(height, width))), 96, set()
     for index in range(40):
-        *_, crop_height, crop_width, _ = data.random_crop(0, 0, index, height, width, 0.08)
+        *_, crop_height, crop_width, _ = augment.random_crop(0, 0, index, height, width, 0.08)
         filled(data.fill_train, CONFIG, 0, encoded, index, px=px)
         (shape, *fast) = decoded[-1]
         assert fast == [True, None]  # the fast DCT would darken
@@ -358,7 +264,8 @@ def test_a_crop_of_exactly_twice_the_size_is_decoded_at_half_of_it() -> None:
     """No crop is enlarged that need not be: one of 2 px squared is the average of its squares."""
     whole = dataclasses.replace(CONFIG, crop_min_scale=1.0, flip=False)
     image = scene(128, 128)
-    indexes = [i for i in range(60) if data.random_crop(0, 0, i, 128, 128, 1.0)[2:4] == (128, 128)]
+    crops = [augment.random_crop(0, 0, index, 128, 128, 1.0) for index in range(60)]
+    indexes = [index for index, crop in enumerate(crops) if crop[2:4] == (128, 128)]
     assert indexes
     ours = filled(data.fill_train, whole, 0, as_read(jpeg(image)), indexes[0], px=64)
     assert_close(ours, pixels(image.reduce(2)), (6, 0.9))
@@ -407,7 +314,7 @@ def test_batches_hold_every_image_once_with_its_label(
     images = numbered_images(tmp_path, count)
     config = dataclasses.replace(CONFIG, workers=workers)
     for batches, order in (
-        (data.train_batches(images, config, epoch=3), data.epoch_order(0, 3, count)),
+        (data.train_batches(images, config, epoch=3), augment.epoch_order(0, 3, count)),
         (data.val_batches(images, config), np.arange(count)),
     ):
         read = read_all(batches)
@@ -703,7 +610,7 @@ def test_batches_to_come_are_fetched_ahead_once_each_and_in_order(
         raise OSError("a disk that fails, which training learns when it reads, not before")
 
     monkeypatch.setattr(image_files.ImageSet, "read_ahead", fetch)
-    order = data.epoch_order(0, 0, 40)
+    order = augment.epoch_order(0, 0, 40)
     expected = [order[at : at + 5].tolist() for at in range(10, 40, 5)]
     batches = data.batches(
         *(images, functools.partial(data.fill_val, CONFIG), order, 5, 32, 2, 2), read_ahead=3

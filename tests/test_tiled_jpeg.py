@@ -14,6 +14,7 @@ from conftest import run_stage_command
 from pictures import as_read, encode, jpeg, scene, turned, write_set
 from PIL import Image
 
+import augment
 import data
 import image_files
 import tiled_jpeg
@@ -323,7 +324,7 @@ def test_training_crops_are_the_same_with_and_without_the_table() -> None:
         without = encoded.replace(b"TILES\0", b"PLAIN\0")
         assert tiled_jpeg.cut(without, 0, 0, height, width) is None
         for index in range(60):
-            *box, mirrored = data.random_crop(config.seed, 1, index, height, width, 0.08)
+            *box, mirrored = augment.random_crop(config.seed, 1, index, height, width, 0.08)
             kinds.add((mirrored, len(tiled_jpeg.cut(encoded, *box)[0]) < len(encoded) / 2))
             scales.add(next(scale for scale in (8, 4, 2, 1) if min(box[2:]) >= scale * px))
             ours, expected = np.zeros((2, px, px, 3), np.uint8)

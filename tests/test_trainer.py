@@ -19,6 +19,7 @@ import torch
 import torchvision
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
 
+import augment
 import checkpoint
 import data
 import image_files
@@ -81,7 +82,8 @@ def _remove_checkpoints(tmp_path: Path) -> Iterator[None]:
 def as_options(settings: dict[str, object]) -> list[str]:
     options = []
     for name, value in settings.items():
-        options += [f"--{name.replace('_', '-')}", str(value)]
+        option = f"--{name.replace('_', '-')}"
+        options += [option] if value is True else [option, str(value)]
     return options
 
 
@@ -659,8 +661,8 @@ def test_a_damaged_picture_stops_training_until_the_store_is_mended(
     train_set = image_files.open_image_set(str(path), "train")
     config = Config(**settings)
     # The last picture of the second epoch, so that the run has something to save.
-    index = int(data.epoch_order(config.seed, 1, 21)[-1])
-    last_of_first = data.epoch_order(config.seed, 0, 21).tolist().index(index)
+    index = int(augment.epoch_order(config.seed, 1, 21)[-1])
+    last_of_first = augment.epoch_order(config.seed, 0, 21).tolist().index(index)
     record = train_set.store.records[train_set.positions[index]]
     damaged = bytearray(whole)
     damaged[int(record["offset"]) + int(record["size"]) // 2] ^= 1

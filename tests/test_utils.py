@@ -112,9 +112,13 @@ def test_without_a_first_size_all_crops_have_the_same() -> None:
         ({"px_ramp_start": 0.5, "px_ramp_end": 0.5}, "the start below the end"),
         ({"px_ramp_end": math.nan}, "px_ramp_end nan"),
         ({"val_batch_size": 0}, "val_batch_size is 0"),
+        ({"mixup_alpha": -0.2}, "mixup_alpha is -0.2: it must be 0 or more"),
+        ({"cutmix_alpha": math.inf}, "cutmix_alpha is inf"),
+        ({"erase_probability": 1.1}, "erase_probability is 1.1: it must be at most 1"),
+        ({"erase_probability": math.nan}, "erase_probability is nan"),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(changed: dict[str, float], says: str) -> None:
+def test_settings_that_make_no_sense_are_refused(changed: dict[str, float], says: str) -> None:
     utils.check_config(Config())
     with pytest.raises(UserError, match=says):
         utils.check_config(dataclasses.replace(Config(), **changed))

@@ -204,7 +204,12 @@ def tell(result: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------ pictures
 
 
-def draw_overview(title: str, result: dict[str, Any]) -> Figure:
+def name_of(model: str) -> str:
+    """A path that a title has room for."""
+    return model if len(model) <= 70 else f"…{model[-69:]}"
+
+
+def draw_overview(result: dict[str, Any]) -> Figure:
     """Calibration, and the accuracy of the classes: 1800 x 1200 px."""
     rcParams.update(STYLE)
     figure = Figure(figsize=(12, 8), dpi=150, layout="constrained")
@@ -224,6 +229,7 @@ def draw_overview(title: str, result: dict[str, Any]) -> Figure:
     shown = worst_first(rows)[: WORST_CLASSES if many else NAMED_CLASSES]
     draw_classes(panels["worst"], shown)
     panels["worst"].set_title("the worst classes" if many else "the classes", fontsize=14)
+    title = f"{name_of(result['model'])}: top-1 {result['val_top1']:.2f} %"
     figure.suptitle(title, fontsize=16, parse_math=False)
     return figure
 
@@ -315,7 +321,7 @@ def draw_worst(shown: Sequence[Shown]) -> Figure:
     side, text, gap, head = 2.4, 1.25, 0.2, 0.6  # inches
     width, height = columns * (side + gap) + gap, rows * (side + text) + head
     figure = Figure(figsize=(width, height), dpi=150)
-    title = f"the {len(shown)} highest losses, as the model saw the pictures"
+    title = "the highest losses, and the pictures as the model saw them"
     figure.text(gap / width, 1 - 0.5 * head / height, title, fontsize=16, va="center")
     for place, one in enumerate(shown):
         row, column = divmod(place, columns)
@@ -324,17 +330,18 @@ def draw_worst(shown: Sequence[Shown]) -> Figure:
         panel = figure.add_axes((left / width, bottom / height, side / width, side / height))
         panel.imshow(one.pixels)
         panel.set_axis_off()
+        colour = RIGHT if one.said == one.label else WRONG
         lines = (
             *((line, RIGHT) for line in wrapped(f"is {one.label}")),
-            *((line, WRONG) for line in wrapped(f"said {one.said}, {100 * one.confidence:.1f} %")),
-            (f"loss {one.loss:.2f}", "0.3"),
+            *((line, colour) for line in wrapped(f"said {one.said}")),
+            (f"with {100 * one.confidence:.1f} %, loss {one.loss:.2f}", "0.3"),
         )
-        for number, (line, colour) in enumerate(lines):
+        for number, (line, its_colour) in enumerate(lines):
             figure.text(
                 left / width,
                 (bottom - 0.08 - 0.21 * number) / height,
                 line,
-                color=colour,
+                color=its_colour,
                 fontsize=11.5,
                 va="top",
                 parse_math=False,
@@ -347,7 +354,7 @@ def wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 27, max_lines=2, placeholder=" …")
 
 
-def draw_sizes(title: str, rows: Sequence[dict[str, Any]]) -> Figure:
+def draw_sizes(model: str, rows: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy against the side of the crop, with its 95 % interval: 1800 x 900 px."""
     rcParams.update(STYLE)
     figure = Figure(figsize=(12, 6), dpi=150, layout="constrained")
@@ -361,16 +368,18 @@ def draw_sizes(title: str, rows: Sequence[dict[str, Any]]) -> Figure:
         panel.errorbar(
             sides, values, np.abs(ends - values), color=colour, marker="o", linewidth=2.2, capsize=4
         )
-        for side, value in zip(sides, values, strict=True):
-            panel.annotate(
+        for place, (side, value) in enumerate(zip(sides, values, strict=True)):
+            rises = place + 1 < len(values) and values[place + 1] > value
+            panel.annotate(  # where the line is not
                 f"{value:.2f}",
                 (side, value),
-                (6, 8),
+                (-6 if rises else 0, 10),
                 textcoords="offset points",
-                fontsize=11,
+                horizontalalignment="right" if rises else "center",
+                fontsize=12,
             )
         panel.set(xlabel="side of the centre crop (px)", ylabel=f"top-{quantity[-1]} accuracy (%)")
         panel.set_xticks(sides, sides, rotation=45 if len(sides) > 8 else 0)
-        panel.margins(0.12)
-    figure.suptitle(title, fontsize=15, parse_math=False)
+        panel.margins(x=0.18, y=0.12)  # room for the numbers
+    figure.suptitle(name_of(model), fontsize=16, parse_math=False)
     return figure

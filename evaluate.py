@@ -271,8 +271,7 @@ def protocol(config: Config, flip: bool) -> str:
 def write(output: Path, result: dict[str, Any], shown: list[Shown]) -> None:
     """Write the files, and remove those of an earlier evaluation that this one has not."""
     output.mkdir(parents=True, exist_ok=True)
-    title = f"{result['model']}: top-1 {result['val_top1']:.2f} %"
-    figures = {"evaluation.png": error_analysis.draw_overview(title, result)}
+    figures = {"evaluation.png": error_analysis.draw_overview(result)}
     if shown:
         figures["worst.png"] = error_analysis.draw_worst(shown)
     if result["sizes"]:

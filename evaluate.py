@@ -205,7 +205,7 @@ def open_images(subject: Subject) -> tuple[image_files.ImageSet, str]:
         )
     skipped = image_files.check_files(config, {"val": val_set})
     val_set = val_set.without([file.removeprefix("val/") for file in skipped])
-    said = f"; {len(skipped):,} unreadable images left out" * bool(skipped)
+    said = f"; unreadable images left out: {len(skipped):,}" * bool(skipped)
     if val_set.classes != classes:
         said += (
             f"; images of {len(val_set.classes):,} of the model's {len(classes):,} classes, "

@@ -89,8 +89,8 @@ def calibration(answers: Answers) -> dict[str, Any]:
     The error is the mean over the images of |accuracy - mean confidence| of their bins, of which
     bin m holds confidences above (m - 1) / BINS, up to m / BINS.
     """
-    edges = np.arange(1, BINS) / BINS
-    bins = np.searchsorted(edges, answers.confidences.astype(np.float64), side="left")
+    edges = (np.arange(1, BINS) / BINS).astype(answers.confidences.dtype)
+    bins = np.searchsorted(edges, answers.confidences, side="left")
     right = answers.said == answers.labels
     rows, error = [], 0.0
     for place in range(BINS):

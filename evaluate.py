@@ -114,6 +114,8 @@ class Subject(NamedTuple):
 
 def find_run(options: EvaluationOptions) -> Path | None:
     """The run's folder; None where none is named and --model lies in no run's."""
+    if options.model is not None and not options.model.is_file():
+        raise UserError(f"no file {options.model}: --model takes a file")
     if options.name:
         return run_folder(options.runs_folder, options.name)
     if options.model is not None:
@@ -131,8 +133,7 @@ def load_subject(options: EvaluationOptions, folder: Path | None) -> Subject:
         raise UserError(f"no {folder}/config.json: name a run in {options.runs_folder}/")
     path = options.model or folder / f"{options.weights}.pt"
     if not path.is_file():
-        advice = "--model takes a file" if options.model else "train first, with python3 trainer.py"
-        raise UserError(f"no file {path}: {advice}")
+        raise UserError(f"no file {path}: train first, with python3 trainer.py")
     kind = evaluated_model.kind_of(path)
     if kind == "weights":
         if run is None:

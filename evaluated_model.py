@@ -31,12 +31,14 @@ KINDS = {".onnx": "onnx", ".pt2": "pt2", ".pt": "weights", ".pth": "weights"}
 def kind_of(path: Path) -> str:
     """What a file holds: weights, torchscript, onnx or pt2; the first two may both be called .pt.
 
-    Raises UserError for other endings.
+    Raises UserError for other endings, and for a .pt that is no zip file.
     """
     kind = KINDS.get(path.suffix)
     if kind is None:
         raise UserError(f"--model {path} is none of .pt, .onnx and .pt2, which are read here")
-    if kind == "weights" and zipfile.is_zipfile(path):
+    if kind == "weights":
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is damaged, or not PyTorch's: bring back a copy")
         with zipfile.ZipFile(path) as file:
             if any("/code/" in name for name in file.namelist()):
                 return "torchscript"
@@ -69,7 +71,9 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(described, dict) or described.get("file") != path.name:
         raise UserError(again(f"{description} does not describe {path.name}"))
     if hashlib.sha256(path.read_bytes()).hexdigest() != described.get("sha256"):
-        raise UserError(again(f"{path} is not the file that model.json describes: its SHA-256"))
+        raise UserError(
+            again(f"{path} is not the file that model.json describes (its sha256 differs)")
+        )
     if len(export["labels"]) != len(export["classes"]):
         raise UserError(again(f"{description} has not a label for each class"))
     return export

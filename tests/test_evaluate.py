@@ -18,7 +18,7 @@ import torchvision
 from conftest import run_stage_command
 from exports import BLUE, GREEN, MEAN, RED, STD, write_top_half_colour
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
+from matplotlib.figure import Figure
 from PIL import Image
 
 import checkpoint
@@ -85,6 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         val_resize_px=RESIZE_PX,
         zero_init_residual=True,
     )
+    torch.manual_seed(0)
     model = ResNet50Wrapper(len(CLASSES), zero_init_residual=True)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -218,7 +219,8 @@ def test_the_trainer_counts_the_same(runs: Path, tmp_path: Path, monkeypatch) ->
 
 
 def test_picture_and_mirror_image_are_averaged(runs: Path, tmp_path: Path, monkeypatch) -> None:
-    run_main(monkeypatch, "--runs-folder", runs, "--output", tmp_path, "--flip-average")
+    out = ("--output", tmp_path, "--worst", 42)
+    run_main(monkeypatch, "--runs-folder", runs, *out, "--flip-average")
     files = files_of(runs / "val")
     labels = labels_of(files)
     model = load_weights(runs / "tiny/best.pt", len(CLASSES)).eval()
@@ -227,16 +229,21 @@ def test_picture_and_mirror_image_are_averaged(runs: Path, tmp_path: Path, monke
         seen, mirrored = model(images).softmax(1), model(torch.flip(images, (-1,))).softmax(1)
     mean = (seen + mirrored) / 2
     found = result_of(tmp_path)
-    assert found["protocol"].endswith(
-        "centre crop 32 px, mean of softmax of image and mirror image, fp32"
+    assert found["protocol"] == (
+        "shorter side to 40 px, centre crop 32 px, mean of softmax of image and mirror image, fp32"
     )
     assert counts_of(found) == count_by_hand(mean, labels)
-    assert found["val_loss"] == pytest.approx(
-        -mean[range(42), labels].log().mean().item(), abs=0.02
-    )
-    # It is neither of the two, nor the mean of the logits.
-    for other in (seen, mirrored, (seen.log() + mirrored.log()).softmax(1)):
-        assert abs(-other[range(42), labels].log().mean() - found["val_loss"]) > 0.05
+    losses = {one["path"]: one["loss"] for one in found["worst"]}
+    confidences = {one["path"]: one["confidence"] for one in found["worst"]}
+    for index, file in enumerate(map(str, files)):
+        assert confidences[file] == pytest.approx(mean[index].max().item(), abs=0.03)
+        assert losses[file] == pytest.approx(-mean[index, labels[index]].log().item(), abs=0.1)
+    # Neither of the two is it, nor the mean of the logits.
+    for other in (seen, mirrored, (seen.log() + mirrored.log()).div(2).softmax(1)):
+        its = -other[range(42), labels].log()
+        assert (
+            max(abs(losses[str(file)] - loss) for file, loss in zip(files, its, strict=True)) > 0.5
+        )
 
 
 def test_accuracy_at_several_sizes(runs: Path, tmp_path: Path, monkeypatch) -> None:
@@ -334,11 +341,10 @@ def test_sizes_that_exports_take_and_refuse(
     run_main(monkeypatch, "--runs-folder", runs, "--val-px", 64, *out)
     assert counts_of(result_of(tmp_path)) == counts_of(found)
     assert result_of(tmp_path)["val_loss"] == pytest.approx(found["val_loss"], abs=1e-3)
-    for name in ("model.onnx", "model.pt2"):
-        for options in (("--val-px", 64), ("--sizes", 32, 64)):
-            said = rf"{name} takes pictures of 32 px, for which it was exported, not of 64: "
-            with pytest.raises(UserError, match=said):
-                run_main(monkeypatch, "--model", exported / name, *options, *out)
+    for name, options in (("model.onnx", ("--sizes", 32, 64)), ("model.pt2", ("--val-px", 64))):
+        said = rf"{name} takes pictures of 32 px, for which it was exported, not of 64: "
+        with pytest.raises(UserError, match=said):
+            run_main(monkeypatch, "--model", exported / name, *options, *out)
 
 
 def test_an_export_away_from_its_run(tmp_path: Path, monkeypatch) -> None:
@@ -439,18 +445,13 @@ def test_wilsons_interval() -> None:
 # ------------------------------------------------------------------------------ the pictures
 
 
-def texts_outside(figure) -> list[str]:
-    """The texts of a figure that are cut off at its edge."""
+def assert_nothing_cut_off(figure: Figure) -> None:
+    """All that is drawn, texts too, lies on the picture."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    width, height = canvas.get_width_height()
-    outside = []
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text():
-            box = text.get_window_extent(canvas.get_renderer())
-            if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1:
-                outside.append(text.get_text())
-    return outside
+    drawn = figure.get_tightbbox(canvas.get_renderer())  # inches
+    width, height = figure.get_size_inches()
+    assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
 
 
 @pytest.mark.parametrize("count", [2, 10, 25, 1000])
@@ -468,9 +469,9 @@ def test_nothing_is_cut_off(count: int) -> None:
         "calibration": error_analysis.calibration(answers),
         "per_class": error_analysis.per_class(answers, labels, labels, pairs),
     }
-    assert texts_outside(error_analysis.draw_overview(result)) == []
+    assert_nothing_cut_off(error_analysis.draw_overview(result))
     rows = [{**error_analysis.summary(answers), "val_px": px} for px in range(96, 321, 32)]
-    assert texts_outside(error_analysis.draw_sizes(result["model"], rows)) == []
+    assert_nothing_cut_off(error_analysis.draw_sizes(result["model"], rows))
 
 
 def test_the_contact_sheet_shows_the_pictures_and_their_names(tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ def test_the_contact_sheet_shows_the_pictures_and_their_names(tmp_path: Path) ->
     ]
     shown.append(Shown("7.png", np.full((20, 20, 3), colours[7]), long, long, 1.0, 2.5))
     figure = error_analysis.draw_worst(shown)
-    assert texts_outside(figure) == []
+    assert_nothing_cut_off(figure)
     figure.savefig(tmp_path / "worst.png")
     pixels = np.asarray(Image.open(tmp_path / "worst.png").convert("RGB"))
     for place, (colour, panel) in enumerate(zip(colours, figure.axes, strict=True)):
@@ -508,32 +509,34 @@ def test_the_contact_sheet_shows_the_pictures_and_their_names(tmp_path: Path) ->
 # ------------------------------------------------------------------------------ what cannot be
 
 
-@pytest.fixture
-def broken(runs: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def broken(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A place with a run, broken files and sets of images that do not fit."""
-    (tmp_path / "runs/other").mkdir(parents=True)
-    shutil.copy(runs / "tiny/config.json", tmp_path / "runs/other")
-    (tmp_path / "runs/cut").mkdir()
-    shutil.copy(runs / "tiny/config.json", tmp_path / "runs/cut")
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "runs/other").mkdir(parents=True)
+    shutil.copy(runs / "tiny/config.json", folder / "runs/other")
+    (folder / "runs/cut").mkdir()
+    shutil.copy(runs / "tiny/config.json", folder / "runs/cut")
     content = (runs / "tiny/best.pt").read_bytes()
-    (tmp_path / "runs/cut/best.pt").write_bytes(content[: len(content) // 2])
-    (tmp_path / "runs/cut/last.pt").write_bytes(content[:-5000] + b"x" * 10 + content[-4990:])
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "runs/cut/whole.pt")
-    torch.save({"state_dict": {}}, tmp_path / "runs/cut/foreign.pt")
-    (tmp_path / "runs/cut/pickle.pt").write_bytes(pickle.dumps({"a": 1}))
-    with zipfile.ZipFile(tmp_path / "runs/cut/letters.pt", "w") as file:
+    (folder / "runs/cut/best.pt").write_bytes(content[: len(content) // 2])
+    (folder / "runs/cut/last.pt").write_bytes(content[:-5000] + b"x" * 10 + content[-4990:])
+    torch.save(torch.nn.Linear(2, 2), folder / "runs/cut/whole.pt")
+    torch.save({"state_dict": {}}, folder / "runs/cut/foreign.pt")
+    (folder / "runs/cut/pickle.pt").write_bytes(pickle.dumps({"a": 1}))
+    with zipfile.ZipFile(folder / "runs/cut/letters.pt", "w") as file:
         file.writestr("letters.txt", "no weights")
-    (tmp_path / "runs/cut/model.h5").write_bytes(b"x")
-    shutil.copy(tmp_path / "runs/cut/best.pt", tmp_path / "lonely.pt")
+    (folder / "runs/cut/model.h5").write_bytes(b"x")
+    (folder / "lonely.pt").symlink_to(runs / "tiny/best.pt")
     for name in ("model.onnx", "lonely.pt2"):
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "foreign/kind_a").mkdir(parents=True)
-    (tmp_path / "foreign/kind_x").mkdir()
-    for folder in (tmp_path / "foreign").iterdir():
-        Image.new("RGB", (40, 40)).save(folder / "1.png")
-    shutil.copytree(tmp_path / "foreign/kind_a", tmp_path / "bad/kind_a")
-    (tmp_path / "bad/kind_a/2.png").write_bytes(b"no picture")
-    return tmp_path
+        (folder / name).write_bytes(b"x")
+    (folder / "foreign/kind_a").mkdir(parents=True)
+    (folder / "foreign/kind_x").mkdir()
+    for class_folder in (folder / "foreign").iterdir():
+        Image.new("RGB", (40, 40)).save(class_folder / "1.png")
+    shutil.copytree(folder / "foreign/kind_a", folder / "bad/kind_a")
+    (folder / "bad/kind_a/2.png").write_bytes(b"no picture")
+    yield folder
+    shutil.rmtree(folder)
 
 
 TINY = ("--runs-folder", "{runs}")
@@ -611,25 +614,32 @@ def test_exports_that_are_not_what_model_json_says(
         ),
         ({"classes": list(CLASSES[::-1])}, "in another order: the list of them beside"),
         ({"classes": list("abcdefg")}, "does not know 7 of the 7 classes in .*: kind_a, .*, …"),
-        ({"formats": {}}, "does not describe model.pt2"),
+        ({"formats": {}}, "does not describe model.pt"),
         ({"resize_px": 20}, "has a resize_px below its input_px"),
     ):
         path.write_text(json.dumps({**json.loads(content), **change}))
         with pytest.raises(UserError, match=said):
-            run_main(monkeypatch, "--model", tmp_path / "export/model.pt2", *out)
+            run_main(monkeypatch, "--model", tmp_path / "export/model.pt", *out)
     path.write_text(content)
     for name in ("model.pt", "model.onnx", "model.pt2"):
-        model = tmp_path / "export" / name
-        model.write_bytes(model.read_bytes()[:-1000] + bytes(1000))
+        with open(tmp_path / "export" / name, "r+b") as file:
+            file.seek(10_000_000)
+            file.write(b"other weights")
         with pytest.raises(UserError, match=r"not the file that model\.json describes"):
-            run_main(monkeypatch, "--model", model, *out)
+            run_main(monkeypatch, "--model", tmp_path / "export" / name, *out)
+    with open(tmp_path / "export/model.pt", "r+b") as file:
+        file.truncate(10_000_000)
+    with pytest.raises(UserError, match=r"model\.pt is damaged"):
+        run_main(monkeypatch, "--model", tmp_path / "export/model.pt", *out)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_images_are_left_out_when_asked(broken: Path, runs: Path, monkeypatch) -> None:
-    arguments = ("--runs-folder", runs, "--output", broken / "out", "--skip-bad-images")
+def test_bad_images_are_left_out_when_asked(
+    broken: Path, runs: Path, tmp_path: Path, monkeypatch
+) -> None:
+    arguments = ("--runs-folder", runs, "--output", tmp_path, "--skip-bad-images")
     run_main(monkeypatch, *arguments, "--val-folder-name", broken / "bad")
-    found = result_of(broken / "out")
+    found = result_of(tmp_path)
     assert found["val_images"] == 1
     assert "fp32; unreadable images left out: 1; images of 1 of the" in found["protocol"]
 

@@ -3,6 +3,7 @@
 python3 model.py        prints the layer table at 3x224x224: 174 rows, 25,557,032 parameters
 """
 
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     if damaged:
         raise ValueError(f"{path} is damaged: its content is not what was saved")
     model = ResNet50Wrapper(num_classes)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    try:
+    try:  # what holds more than tensors is not unpickled, for it may be a program
+        state = torch.load(path, map_location="cpu", weights_only=True)
         model.model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError, pickle.UnpicklingError):
         classes = f"a ResNet-50 with {num_classes} classes"
         raise ValueError(f"{path} has not the weights of {classes}") from None
     return model

@@ -328,6 +328,26 @@ def read_totals(totals: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
     }
 
 
+def logits_of(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterator[data.Batch],
+    device: torch.device,
+    precision: str,
+    heed: distributed.Heed,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits, float32 (N, C), and labels of each batch, both on the device.
+
+    The model is given the normalised images, (N, 3, H, W); calls `heed` before each batch.
+    """
+    with contextlib.closing(data.to_device(batches, device)) as on_device:
+        for images, labels in distributed.heeded(on_device, heed):
+            if not len(labels):  # of a batch with fewer images than processes
+                continue
+            with torch.inference_mode(), autocast(device, precision):
+                logits = model(data.normalize(images, DTYPES[precision])).float()
+            yield logits, labels
+
+
 def evaluate(
     model: ResNet50Wrapper,
     batches: Iterator[data.Batch],
@@ -338,14 +358,8 @@ def evaluate(
     """val_loss, val_top1 and val_top5 with their counts; calls `heed` before each batch."""
     model.eval()
     totals = new_totals(device)
-    with torch.inference_mode(), contextlib.closing(data.to_device(batches, device)) as on_device:
-        for images, labels in distributed.heeded(on_device, heed):
-            if not len(labels):  # of a batch with fewer images than processes
-                continue
-            with autocast(device, precision):
-                logits = model(data.normalize(images, DTYPES[precision])).float()
-            loss = torch.nn.functional.cross_entropy(logits, labels)
-            add_to_totals(totals, loss, logits, labels)
+    for logits, labels in logits_of(model, batches, device, precision, heed):
+        add_to_totals(totals, torch.nn.functional.cross_entropy(logits, labels), logits, labels)
     return read_totals(totals_of_all(totals), "val")
 
 

@@ -100,14 +100,11 @@ class RefusedError(Exception):
 # ------------------------------------------------------------------------------ the model
 
 
-def read_export(folder: Path, model_json_sha256: str = "") -> tuple[dict[str, Any], Path, bytes]:
-    """model.json, and path and content of the ONNX file that it describes; raises ExportError.
-
-    A model_json_sha256 pins both files.
-    """
+def read_model_json(folder: Path, sha256: str = "") -> dict[str, Any]:
+    """What model.json says of the files beside it; raises ExportError, also for another sha256."""
     description = folder / "model.json"
     content = read_file(description)
-    if model_json_sha256 and hashlib.sha256(content).hexdigest() != model_json_sha256.lower():
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256.lower():
         raise ExportError(f"{description} is not the one whose SHA-256 was given")
     try:
         export = json.loads(content)
@@ -121,10 +118,19 @@ def read_export(folder: Path, model_json_sha256: str = "") -> tuple[dict[str, An
         raise ExportError(f"{description} has what cannot be used as {', '.join(wrong)}")
     if export["resize_px"] < export["input_px"]:
         raise ExportError(f"{description} has a resize_px below its input_px")
+    return export
+
+
+def read_export(folder: Path, model_json_sha256: str = "") -> tuple[dict[str, Any], Path, bytes]:
+    """model.json, and path and content of the ONNX file that it describes; raises ExportError.
+
+    A model_json_sha256 pins both files.
+    """
+    export = read_model_json(folder, model_json_sha256)
     described = export["formats"].get("onnx")
     file = described.get("file") if isinstance(described, dict) else None
     if not (isinstance(file, str) and re.fullmatch(r"\w[\w.-]{0,99}", file, re.ASCII)):
-        raise ExportError(f"{description} names no ONNX file in its own folder")
+        raise ExportError(f"{folder / 'model.json'} names no ONNX file in its own folder")
     path = folder / file
     content = read_file(path)
     if hashlib.sha256(content).hexdigest() != described.get("sha256"):

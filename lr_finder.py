@@ -23,6 +23,7 @@ import tqdm
 
 import augment
 import data
+import distributed
 import image_files
 import trainer
 from utils import (
@@ -162,6 +163,8 @@ def draw(
 
 def main() -> None:
     """Test the range, suggest a rate, write both files."""
+    distributed.start()
+    distributed.refuse_several("the LR finder", is_asked=True)
     options = parse_options(FinderOptions, __doc__)
     config = options.config
     check_config(config)

@@ -10,10 +10,11 @@ of them. No run on ImageNet stands behind either.
 
 The hours of an epoch are its images over the lower of two rates: that of the GPU, and that at which
 the instance's cores prepare images of that epoch's size. The first is a published one of an A10G at
-224 px, or what scripts/benchmark_step.py measured at the nearest size, scaled by the pixels; the
-second is one core's, as scripts/benchmark_data.py measured it, times the instance's vCPUs, each
-counted as a part of a core. Validation adds 50,000 images an epoch. Prices are AWS's on demand in
-us-east-1, times the share of it that the reference run paid for its spot instance.
+224 px, or what scripts/benchmark_step.py measured at the nearest size, scaled by the pixels, less
+the arithmetic of Muon; the second is one core's, as scripts/benchmark_data.py measured it, times
+the instance's vCPUs, each counted as a part of a core. Validation adds 50,000 images an epoch.
+Prices are AWS's on demand in us-east-1, times the share of it that the reference run paid for its
+spot instance.
 """
 
 import dataclasses
@@ -42,6 +43,9 @@ INSTANCES = {  # vCPUs, and US dollars an hour on demand
     "g5.2xlarge": (8, 1.212),
     "g5.8xlarge": (32, 2.448),
 }
+FLOP_PER_IMAGE = 24.7e9  # of training at 224 px: three times 4.1 G multiply-adds, by two
+# Of a step of Muon: five rounds of 4 m^2 n + 2 m^3 for each of 52 convolutions as m x n, m <= n.
+FLOP_PER_MUON_STEP = 245e9
 # A validation image needs the forward pass alone: a third of the arithmetic.
 VAL_SHARE = 1 / 3
 
@@ -117,6 +121,8 @@ def hours(
     for epoch in range(config.epochs):
         px = train_px(config, epoch)
         gpu_s = TRAIN_IMAGES / gpu_rate(gpu, px)
+        if config.optimizer == "muon":
+            gpu_s *= 1 + FLOP_PER_MUON_STEP / (config.batch_size * FLOP_PER_IMAGE * (px / 224) ** 2)
         cores_s = TRAIN_IMAGES / (cores * core_rate(rates, px))
         train_s += max(gpu_s, cores_s)
         waiting_s += max(gpu_s, cores_s) * (cores_s > gpu_s)

@@ -164,7 +164,8 @@ def draw(
 def main() -> None:
     """Test the range, suggest a rate, write both files."""
     distributed.start()
-    distributed.refuse_several("the LR finder", is_asked=True)
+    with distributed.agreed():  # one of them says it
+        distributed.refuse_several("the LR finder", is_asked=True)
     options = parse_options(FinderOptions, __doc__)
     config = options.config
     check_config(config)

@@ -411,11 +411,17 @@ def test_a_run_goes_on_with_fewer_processes(settings: dict[str, object]) -> None
         assert (ours[name] - weight).float().norm() <= 0.01 * moved + 1e-6, name
 
 
-def test_what_is_for_one_process_is_refused_in_one_line(settings: dict[str, object]) -> None:
-    done = end(start(2, "trainer.py", *as_options(settings), "--dry-run"))
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [(["trainer.py", "--dry-run"], "--dry-run"), (["lr_finder.py"], "LR finder")],
+)
+def test_what_is_for_one_process_is_refused_in_one_line(
+    settings: dict[str, object], command: list[str], what: str
+) -> None:
+    done = end(start(2, *command, *as_options(settings)))
     assert done.returncode != 0
     (line,) = errors(done)
-    assert "--dry-run is for one process: start it with python3" in line
+    assert f"{what} is for one process: start it with python3" in line
     assert not Path(str(settings["runs_folder"])).exists()
 
 

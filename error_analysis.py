@@ -244,7 +244,6 @@ def draw_reliability(panel: Axes, found: dict[str, Any]) -> None:
         align="edge",
         color=COLOURS[4],
         edgecolor="white",
-        label="accuracy",
     )
     panel.plot([0, 100], [0, 100], color="0.35", linestyle="--", label="calibrated")
     panel.plot(
@@ -254,10 +253,11 @@ def draw_reliability(panel: Axes, found: dict[str, Any]) -> None:
         marker="o",
         markersize=6,
         linewidth=1.5,
-        label="at the mean confidence",
+        label="mean confidence",
     )
-    panel.set(xlim=(0, 100), ylim=(0, 105), ylabel="right answers", xlabel="confidence")
-    panel.legend(fontsize=11, loc="upper left")
+    panel.set(xlim=(0, 100), ylim=(0, 118), ylabel="accuracy", xlabel="confidence")
+    panel.set_yticks(range(0, 101, 20))
+    panel.legend(fontsize=11, loc="upper left", ncols=2)
     error = found["expected_calibration_error"]
     panel.set_title(f"expected calibration error {error:.2f} %", fontsize=14)
     for axis in (panel.xaxis, panel.yaxis):

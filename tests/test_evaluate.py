@@ -193,7 +193,7 @@ def test_the_command_counts_as_a_count_by_hand(runs: Path, tmp_path: Path) -> No
     assert first["times"] == max(pairs.values())
     assert f"    {first['label']} → {first['said_label']}\n" in done.stdout
 
-    # 24 pictures with the highest losses, of which only the first 12 fit into two rows.
+    # The pictures with the highest losses.
     worst = found["worst"]
     assert len(worst) == 24 and worst[0]["said"] != worst[0]["label"]
     by_loss = sorted(zip(losses.tolist(), map(str, files), strict=True), reverse=True)

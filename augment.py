@@ -5,16 +5,16 @@ index; which batch is mixed, and how, from that of the batch. Neither the number
 processes nor an interruption changes any of it, and to switch one on changes no other's draws.
 """
 
+import functools
 import math
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from utils import MEAN, Config
 
@@ -127,10 +127,18 @@ def random_erasure(
     return None
 
 
+@functools.cache
+def _functional() -> ModuleType:
+    """torchvision's operations, which take a second to load and are rarely asked for."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
 def _affine(image: Image.Image, **changes: list[float]) -> Image.Image:
     """As torchvision's; what comes in from outside is black."""
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    return functional.affine(image, **{**still, **changes}, interpolation=_BILINEAR)
+    return _functional().affine(image, **{**still, **changes}, interpolation=_BILINEAR)
 
 
 def _sheared(image: Image.Image, across: float, down: float) -> Image.Image:
@@ -138,7 +146,7 @@ def _sheared(image: Image.Image, across: float, down: float) -> Image.Image:
     return _affine(image, shear=degrees, center=[0, 0])
 
 
-_BILINEAR = InterpolationMode.BILINEAR
+_BILINEAR = Image.Resampling.BILINEAR
 
 MAGNITUDES = 31  # from 0 to the largest, equally far apart
 
@@ -150,15 +158,15 @@ OPERATIONS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], float, 
     "ShearY": (lambda image, by: _sheared(image, 0.0, by), 0.99, True),
     "TranslateX": (lambda image, by: _affine(image, translate=[int(by), 0]), 32.0, True),
     "TranslateY": (lambda image, by: _affine(image, translate=[0, int(by)]), 32.0, True),
-    "Rotate": (lambda image, by: functional.rotate(image, by, _BILINEAR), 135.0, True),
-    "Brightness": (lambda image, by: functional.adjust_brightness(image, 1 + by), 0.99, True),
-    "Color": (lambda image, by: functional.adjust_saturation(image, 1 + by), 0.99, True),
-    "Contrast": (lambda image, by: functional.adjust_contrast(image, 1 + by), 0.99, True),
-    "Sharpness": (lambda image, by: functional.adjust_sharpness(image, 1 + by), 0.99, True),
-    "Posterize": (lambda image, by: functional.posterize(image, 8 - round(by)), 6.0, False),
-    "Solarize": (lambda image, by: functional.solarize(image, 255 - by), 255.0, False),
-    "AutoContrast": (lambda image, _: functional.autocontrast(image), 0.0, False),
-    "Equalize": (lambda image, _: functional.equalize(image), 0.0, False),
+    "Rotate": (lambda image, by: _functional().rotate(image, by, _BILINEAR), 135.0, True),
+    "Brightness": (lambda image, by: _functional().adjust_brightness(image, 1 + by), 0.99, True),
+    "Color": (lambda image, by: _functional().adjust_saturation(image, 1 + by), 0.99, True),
+    "Contrast": (lambda image, by: _functional().adjust_contrast(image, 1 + by), 0.99, True),
+    "Sharpness": (lambda image, by: _functional().adjust_sharpness(image, 1 + by), 0.99, True),
+    "Posterize": (lambda image, by: _functional().posterize(image, 8 - round(by)), 6.0, False),
+    "Solarize": (lambda image, by: _functional().solarize(image, 255 - by), 255.0, False),
+    "AutoContrast": (lambda image, _: _functional().autocontrast(image), 0.0, False),
+    "Equalize": (lambda image, _: _functional().equalize(image), 0.0, False),
 }
 
 

@@ -117,6 +117,8 @@ class Config:
     """max_lr over the first learning rate"""
     final_div_factor: float = 1e4
     """the first learning rate over the last"""
+    anneal_strategy: Literal["cos", "linear"] = "cos"
+    """shape of its rise and of its fall: half a cosine, or straight lines"""
     train_px: int = 224
     """side of a training crop, in pixels; where the size grows, that of the last epochs"""
     first_train_px: int = 0
@@ -181,7 +183,7 @@ RESULT_SETTINGS = frozenset(
     {
         *("epochs", "extra_epochs", "batch_size", "max_lr", "momentum", "weight_decay"),
         *("optimizer", "decay_norm_and_bias", "label_smoothing", "average_steps"),
-        *("pct_start", "div_factor", "final_div_factor", "sync_batchnorm"),
+        *("pct_start", "div_factor", "final_div_factor", "anneal_strategy", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
         *("crop_min_scale", "flip", "trivial_augment", "erase_probability", "mixup_alpha"),
         *("cutmix_alpha", "zero_init_residual", "precision", "seed", "skip_bad_images"),
@@ -708,7 +710,7 @@ def train_px(config: Config, epoch: int) -> int:
 
 
 def one_cycle(config: Config, step: int, total_steps: int) -> float:
-    """OneCycle with cosine annealing (Smith and Topin, arXiv 1708.07120).
+    """OneCycle (Smith and Topin, arXiv 1708.07120).
 
     It rises from max_lr / div_factor to max_lr over pct_start of the steps, then falls to
     max_lr / div_factor / final_div_factor at the last step, as torch.optim.lr_scheduler.OneCycleLR
@@ -723,7 +725,8 @@ def one_cycle(config: Config, step: int, total_steps: int) -> float:
     else:
         start, end = config.max_lr, last
         done = (step - peak_step) / (total_steps - 1 - peak_step)
-    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+    left = 1 - done if config.anneal_strategy == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return end + (start - end) * left
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)

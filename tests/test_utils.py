@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -43,15 +44,21 @@ def test_learning_rates_are_those_of_the_published_table(epoch: int, published: 
     assert math.isclose(rate, float(published), rel_tol=0, abs_tol=10**-digits)
 
 
+@pytest.mark.parametrize("shape", ["cos", "linear"])
 @pytest.mark.parametrize(("epochs", "steps", "pct_start"), [(5, 7, 0.3), (2, 50, 0.1), (3, 1, 0.5)])
-def test_the_schedule_is_torchs_one_cycle(epochs: int, steps: int, pct_start: float) -> None:
-    config = Config(epochs=epochs, pct_start=pct_start, max_lr=0.4, div_factor=10)
+def test_the_schedule_is_torchs_one_cycle(
+    epochs: int, steps: int, pct_start: float, shape: Literal["cos", "linear"]
+) -> None:
+    config = Config(
+        epochs=epochs, pct_start=pct_start, max_lr=0.4, div_factor=10, anneal_strategy=shape
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=0.4,
         total_steps=epochs * steps,
         pct_start=pct_start,
+        anneal_strategy=shape,
         div_factor=10,
         final_div_factor=config.final_div_factor,
         cycle_momentum=False,
@@ -157,6 +164,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     for field in dataclasses.fields(Config):
         value = getattr(RECIPES["reference"].config, field.name)
         choices = {"recipe": "quickstart", "precision": "fp32", "device": "cpu"}
+        choices |= {"optimizer": "muon", "anneal_strategy": "linear"}
         if field.name in choices:
             changed[field.name] = choices[field.name]
         elif isinstance(value, bool):

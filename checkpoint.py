@@ -190,21 +190,22 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
 # ------------------------------------------------------------------------------ before training
 
 
-def prepare_folder(folder: Path, weights_bytes: int) -> None:
+def prepare_folder(folder: Path, weights_bytes: int, checkpoint_bytes: int) -> None:
     """Make a run's folder; raises UserError as check_room does."""
-    check_room(folder, weights_bytes)  # before, so that a refusal leaves no folder behind
+    check_room(
+        folder, weights_bytes, checkpoint_bytes
+    )  # before, so that a refusal leaves no folder behind
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
-def check_room(folder: Path, weights_bytes: int) -> tuple[int, int]:
+def check_room(folder: Path, weights_bytes: int, checkpoint_bytes: int) -> tuple[int, int]:
     """Bytes that are free for a run's folder, and that it still needs, 0 or more.
 
     Raises UserError if it cannot be written to or has too little room.
     """
     existing = check_writable(folder, "--runs-folder")
-    # Checkpoints of weights and momentum, of which one may be under way, and two weight files, of
-    # which the same holds.
-    needed_bytes = (2 * (GENERATIONS_KEPT + 1) + 3) * weights_bytes
+    # Checkpoints, of which one may be under way, and two weight files, of which the same holds.
+    needed_bytes = (GENERATIONS_KEPT + 1) * checkpoint_bytes + 3 * weights_bytes
     held_bytes = sum(path.stat().st_size for path in folder.rglob("*.pt"))
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes + held_bytes < needed_bytes:

@@ -48,7 +48,7 @@ from utils import (
     train_px,
 )
 
-WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32; a checkpoint holds the momentum beside it
+WEIGHTS_BYTES = 4 * 25_600_000  # ResNet-50 in float32
 OPEN_FILES = 64  # of a process with PyTorch, beside one for each thread that decodes
 
 OK, WARNING, PROBLEM = "ok", "WARNING", "PROBLEM"
@@ -208,7 +208,7 @@ def dry_run(
     tell("gpu", check_gpu(config, device))
     tell("memory", check_memory(config, device))
     tell("files", check_limits(config))
-    tell("room", check_room(folder))
+    tell("room", check_room(config, folder))
     tell("mirror", check_mirror(config, access))
     tell("clock", check_clock(access.clock_ahead_s if access else None))
 
@@ -444,7 +444,7 @@ def needed_memory(config: Config, device: torch.device) -> float:
     train_px2, val_px2 = config.train_px**2, config.val_px**2
     batch_bytes = 3 * max(config.batch_size * train_px2, config.val_batch_size * val_px2)
     # The copy of the state, its encoding as it grows, and the mirror's.
-    needed = (data.DECODED_AHEAD + 2) * batch_bytes + 4 * 2 * WEIGHTS_BYTES
+    needed = (data.DECODED_AHEAD + 2) * batch_bytes + 4 * checkpoint_bytes(config)
     if device.type == "cpu":
         at_once = min(config.batch_size, config.micro_batch_size or config.batch_size)
         needed += at_once * ACTIVATIONS_BYTES * train_px2 / 224**2
@@ -462,6 +462,11 @@ def available_memory() -> int:
     return min(found)
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Of weights, momentum and, where there is one, the average."""
+    return (3 if config.average_steps else 2) * WEIGHTS_BYTES
+
+
 def check_limits(config: Config) -> Finding:
     """Whether enough files may be open."""
     try:
@@ -473,10 +478,11 @@ def check_limits(config: Config) -> Finding:
     return Finding(OK, f"{number} may be open")
 
 
-def check_room(folder: Path) -> Finding:
+def check_room(config: Config, folder: Path) -> Finding:
     """Whether the disk of the runs takes the checkpoints, and how fast."""
     try:
-        free_bytes, needed_bytes = checkpoint.check_room(folder, WEIGHTS_BYTES)
+        sizes = WEIGHTS_BYTES, checkpoint_bytes(config)
+        free_bytes, needed_bytes = checkpoint.check_room(folder, *sizes)
         existing = check_writable(folder, "--runs-folder")
         with tempfile.TemporaryFile(dir=existing) as file:
             content = os.urandom(1 << 20)
@@ -491,7 +497,7 @@ def check_room(folder: Path) -> Finding:
     return Finding(
         OK,
         f"{free_bytes / 1e9:.1f} GB free in {existing}, checkpoints need "
-        f"{needed_bytes / 1e9:.1f} GB; writing one takes about {2 * WEIGHTS_BYTES / rate:.1f} s",
+        f"{needed_bytes / 1e9:.1f} GB; writing one takes about {sizes[1] / rate:.1f} s",
     )
 
 

@@ -869,7 +869,8 @@ def main() -> None:
 
     with distributed.agreed():
         preflight.check_open_files(config.workers)
-        in_main(checkpoint.prepare_folder, folder, preflight.WEIGHTS_BYTES)
+        sizes = preflight.WEIGHTS_BYTES, preflight.checkpoint_bytes(config)
+        in_main(checkpoint.prepare_folder, folder, *sizes)
         lock = in_main(checkpoint.lock, folder)
         checkpoint.check_newest(folder / "checkpoints", state)  # nor may another machine's be newer
         in_main(start_log, folder / "train.log")

@@ -31,4 +31,4 @@ def test_more_processes_than_images_end_with_one_line() -> None:
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: a batch of 2 images leaves one of 2 processes with 1 at once")
+    assert line.startswith("error: a batch of 2 images leaves one of 2 processes with 0 at once")

@@ -192,9 +192,8 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
 
 def prepare_folder(folder: Path, weights_bytes: int, checkpoint_bytes: int) -> None:
     """Make a run's folder; raises UserError as check_room does."""
-    check_room(
-        folder, weights_bytes, checkpoint_bytes
-    )  # before, so that a refusal leaves no folder behind
+    # Before, so that a refusal leaves no folder behind.
+    check_room(folder, weights_bytes, checkpoint_bytes)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 

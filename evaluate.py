@@ -37,7 +37,7 @@ import preflight
 import trainer
 from error_analysis import Answers, Shown
 from evaluated_model import Predict
-from generate_trace_model import human_names
+from model import human_names
 from plot_metrics import write_png
 from utils import (
     EXIT_FAILED,

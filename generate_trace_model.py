@@ -39,7 +39,7 @@ from PIL import Image
 
 import data
 import image_files
-from model import ResNet50Wrapper, load_weights
+from model import ResNet50Wrapper, human_names, load_weights
 from utils import (
     EXIT_FAILED,
     MEAN,
@@ -207,22 +207,6 @@ def largest_difference(
         eager = torch.cat([model(batch), model(images[:1])])
         logits = torch.cat([exported(batch), exported(images[:1])])
     return (eager - logits).abs().max().item(), eager.abs().max().item()
-
-
-def human_names(classes: tuple[str, ...]) -> list[str]:
-    """Names that a person reads: ImageNet's for its folders, else the folders' own."""
-    import torchvision  # as in model.py
-
-    imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    if len(classes) == len(imagenet) and all(is_wordnet_id(name) for name in classes):
-        return list(imagenet)  # both are sorted by WordNet id
-    imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
-    return [imagenette[name][0] if name in imagenette else name for name in classes]
-
-
-def is_wordnet_id(name: str) -> bool:
-    """Whether a class has the name of one of ImageNet's folders."""
-    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
 def choose_examples(val_name: str, classes: tuple[str, ...], count: int) -> list[Example]:

@@ -57,6 +57,22 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     return model
 
 
+def human_names(classes: tuple[str, ...]) -> list[str]:
+    """Names that a person reads: ImageNet's for its folders, else the folders' own."""
+    import torchvision  # late, as above
+
+    imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    if len(classes) == len(imagenet) and all(is_wordnet_id(name) for name in classes):
+        return list(imagenet)  # both are sorted by WordNet id
+    imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
+    return [imagenette[name][0] if name in imagenette else name for name in classes]
+
+
+def is_wordnet_id(name: str) -> bool:
+    """Whether a class has the name of one of ImageNet's folders."""
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
+
+
 def main(num_classes: int = 1000, side_px: int = 224) -> None:
     """Print torchsummary's table of the layers.
 

@@ -1,6 +1,7 @@
 """Train ResNet-50 on a folder of images, from random weights to the last evaluation.
 
     nohup python3 trainer.py > train.log 2>&1 &       the reference recipe, on ImageNet-1k
+    python3 trainer.py --recipe fast                  75.3 % for a tenth of the price: a target
     python3 trainer.py --recipe quickstart            the embedded digits, minutes on a CPU
     python3 trainer.py --dry-run                      the settings, the schedule, time and price
     torchrun --standalone --nproc_per_node=4 trainer.py      the same run on four GPUs
@@ -490,7 +491,7 @@ def finish_epoch(
         distributed.copy_from_main(run.average.model.buffers())
     started = time.monotonic()
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
-    run.model.eval()
+    run.model.eval()  # an error of memory asks whether it was in training
     val = evaluate(run.kept, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
     steps = run.step // (len(run.history) + 1)

@@ -22,6 +22,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -72,6 +73,13 @@ class EstimateOptions:
     """spot price over the price on demand; 0.396: what the reference run paid"""
 
 
+class Rates(NamedTuple):
+    """Images a second, by size in pixels."""
+
+    gpu: dict[int, float]
+    core: dict[int, float]
+
+
 def core_rates(path: Path) -> dict[int, float]:
     """Images a second that one core prepares from a store, for each measured size in pixels."""
     record = read_json(path)
@@ -113,20 +121,18 @@ def gpu_rate(rates: dict[int, float], px: int) -> float:
     return rates[nearest] * (nearest / px) ** 2
 
 
-def hours(
-    config: Config, gpu: dict[int, float], cores: float, rates: dict[int, float]
-) -> tuple[float, float]:
+def hours(config: Config, rates: Rates, cores: float) -> tuple[float, float]:
     """Hours of the run, and the share of the training time in which the cores are the slower."""
     train_s = waiting_s = 0.0
     for epoch in range(config.epochs):
         px = train_px(config, epoch)
-        gpu_s = TRAIN_IMAGES / gpu_rate(gpu, px)
+        gpu_s = TRAIN_IMAGES / gpu_rate(rates.gpu, px)
         if config.optimizer == "muon":
             gpu_s *= 1 + FLOP_PER_MUON_STEP / (config.batch_size * FLOP_PER_IMAGE * (px / 224) ** 2)
-        cores_s = TRAIN_IMAGES / (cores * core_rate(rates, px))
+        cores_s = TRAIN_IMAGES / (cores * core_rate(rates.core, px))
         train_s += max(gpu_s, cores_s)
         waiting_s += max(gpu_s, cores_s) * (cores_s > gpu_s)
-    val_s = VAL_IMAGES / gpu_rate(gpu, config.val_px) * VAL_SHARE * config.epochs
+    val_s = VAL_IMAGES / gpu_rate(rates.gpu, config.val_px) * VAL_SHARE * config.epochs
     return (train_s + val_s) / 3600, waiting_s / train_s
 
 
@@ -140,7 +146,7 @@ def epochs_until(published: tuple[tuple[int, float], ...], top1: float) -> int |
     return None
 
 
-def tell_lengths(options: EstimateOptions) -> None:
+def tell_lengths(options: EstimateOptions, rates: Rates) -> None:
     """Print the table by epochs."""
     plans = {f"{options.config.train_px} px throughout": options.config}
     if not options.config.first_train_px and options.config == RECIPES["reference"].config:
@@ -154,21 +160,22 @@ def tell_lengths(options: EstimateOptions) -> None:
         config = dataclasses.replace(plan, epochs=epochs)
         check_config(config)
         for instance in INSTANCES:
-            print(f"| {crops} | {epochs} | {instance} | {cells(options, config, instance)} |")
+            print(
+                f"| {crops} | {epochs} | {instance} | {cells(options, rates, config, instance)} |"
+            )
 
 
-def cells(options: EstimateOptions, config: Config, instance: str) -> str:
+def cells(options: EstimateOptions, rates: Rates, config: Config, instance: str) -> str:
     """Hours, price and what limits them, of a run on an instance, as cells of a table."""
     vcpus, price = INSTANCES[instance]
     cores = vcpus * options.core_per_vcpu
-    rates = core_rates(options.data_benchmark)
-    run_h, waiting = hours(config, gpu_rates(options), cores, rates)
+    run_h, waiting = hours(config, rates, cores)
     slower = f"CPU in {100 * waiting:.0f} % of the time" if waiting else "GPU"
     spot = run_h * price * options.spot_share
     return f"{run_h:.1f} | ${spot:.2f} | ${run_h * price:.2f} | {slower}"
 
 
-def tell_accuracies(options: EstimateOptions) -> None:
+def tell_accuracies(options: EstimateOptions, rates: Rates) -> None:
     """Print the table by accuracy, on the smallest instance."""
     instance = next(iter(INSTANCES))
     print(f"\nOn a {instance}, with the crops and validation of each recipe:")
@@ -187,7 +194,7 @@ def tell_accuracies(options: EstimateOptions) -> None:
             continue
         config = dataclasses.replace(recipe.config, epochs=epochs)
         print(
-            f"| {name} | {top1:g} % | {epochs} | {cells(options, config, instance)} "
+            f"| {name} | {top1:g} % | {epochs} | {cells(options, rates, config, instance)} "
             f"| {recipe.published_by} |"
         )
 
@@ -198,15 +205,16 @@ def main() -> None:
     for name in ("gpu_img_per_s", "core_per_vcpu", "spot_share"):
         if not getattr(options, name) > 0:
             raise UserError(f"{name} is {getattr(options, name)}: it must be above 0")
-    rates, gpu = core_rates(options.data_benchmark), gpu_rates(options)
-    sizes = ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in rates.items())
-    measured = ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in gpu.items())
+    rates = Rates(gpu_rates(options), core_rates(options.data_benchmark))
+    measured, sizes = (
+        ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in of.items()) for of in rates
+    )
     print(
         f"ESTIMATE, not a measurement: GPU {measured}, scaled by the pixels; a vCPU "
         f"counts as {options.core_per_vcpu:g} cores, of which each prepares {sizes}"
     )
-    tell_lengths(options)
-    tell_accuracies(options)
+    tell_lengths(options, rates)
+    tell_accuracies(options, rates)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ import cost_report
 import pushing
 
 import sessions
-from generate_trace_model import human_names, is_wordnet_id, measured_accuracy
-from model import load_weights
+from generate_trace_model import measured_accuracy
+from model import human_names, is_wordnet_id, load_weights
 from plot_metrics import draw, read_curves
 from utils import (
     MEAN,

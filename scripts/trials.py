@@ -52,7 +52,7 @@ from utils import (
 )
 
 TRAINER = Path(__file__).parent.parent / "trainer.py"
-OURS = {"name", "seed", "runs_folder", "recipe"}  # which a trial chooses itself, but for the recipe
+OURS = {"name", "seed", "runs_folder"}  # settings that a trial chooses itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,8 +306,9 @@ def _statement(
     least = stats.t.ppf(0.975, freedom) * deviation * math.sqrt(2 / fewest)
     return (
         f"Seeds part by {deviation:.2f} points (standard deviation within variants, {freedom} "
-        f"degrees of freedom). With {fewest} runs each, differences below {least:.2f} points "
-        f"cannot be told from chance (95 %, one comparison at a time). {text}"
+        f"degree{'s' * (freedom > 1)} of freedom). Between variants of {fewest} "
+        f"run{'s' * (fewest > 1)} each, differences below {least:.2f} points cannot be told from "
+        f"chance (95 %, one comparison at a time). {text}"
     )
 
 

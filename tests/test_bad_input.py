@@ -163,7 +163,10 @@ OPTIONS = {
     "no number": (["--epochs", "x"], ["--epochs", "'x'"]),
     "no integer": (["--batch-size", "1.5"], ["--batch-size", "'1.5'"]),
     "no such precision": (["--precision", "fp8"], ["fp8", "'fp16', 'bf16'"]),
-    "no such recipe": (["--recipe", "nope"], ["nope", "'reference', 'fast', 'acc"]),
+    "no such recipe": (
+        ["--recipe", "nope"],
+        ["nope", "'reference', 'fast', 'accurate', 'quickstart'"],
+    ),
     "no such device": (["--device", "gpu"], ["gpu", "'cuda', 'cpu'"]),
     "no epochs": (["--epochs", "0"], ["epochs is 0", "above 0"]),
     "negative extra epochs": (["--extra-epochs", "-1"], ["extra_epochs is -1", "0 or more"]),

@@ -361,16 +361,3 @@ def test_unequal_outputs_are_refused_and_nothing_is_written(
     assert error.value.exit_code == 1
     assert not (tmp_path / "app").exists()
     assert sorted((runs / "tiny").rglob("*")) == before
-
-
-def test_labels_are_english_for_imagenets_folders() -> None:
-    wnids = tuple(f"n{number:08d}" for number in range(1000))
-    labels = generate_trace_model.human_names(wnids)
-    assert (labels[0], labels[999]) == ("tench", "toilet tissue")
-    imagenette = ("n01440764", "n02102040", "n03888257")
-    assert generate_trace_model.human_names(imagenette) == [
-        "tench",
-        "English springer",
-        "parachute",
-    ]
-    assert generate_trace_model.human_names(("0", "1")) == ["0", "1"]

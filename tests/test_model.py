@@ -8,7 +8,7 @@ import torch
 import torchvision
 from conftest import run_stage_command
 
-from model import ResNet50Wrapper, load_weights
+from model import ResNet50Wrapper, human_names, load_weights
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,16 @@ def test_zero_init_begins_every_residual_branch_at_zero() -> None:
     assert len(zero) == len(usual) == 16
     assert all((weight == 0).all() for weight in zero)
     assert all((weight == 1).all() for weight in usual)
+
+
+def test_labels_are_english_for_imagenets_folders() -> None:
+    wnids = tuple(f"n{number:08d}" for number in range(1000))
+    labels = human_names(wnids)
+    assert (labels[0], labels[999]) == ("tench", "toilet tissue")
+    imagenette = ("n01440764", "n02102040", "n03888257")
+    assert human_names(imagenette) == [
+        "tench",
+        "English springer",
+        "parachute",
+    ]
+    assert human_names(("0", "1")) == ["0", "1"]

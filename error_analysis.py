@@ -369,13 +369,20 @@ def draw_sizes(model: str, rows: Sequence[dict[str, Any]]) -> Figure:
             sides, values, np.abs(ends - values), color=colour, marker="o", linewidth=2.2, capsize=4
         )
         for place, (side, value) in enumerate(zip(sides, values, strict=True)):
-            rises = place + 1 < len(values) and values[place + 1] > value
-            panel.annotate(  # where the line is not
+            falls_to = place > 0 and values[place - 1] > value
+            rises_from = place + 1 < len(values) and values[place + 1] > value
+            offset, side_of_point = {  # where neither line nor interval is
+                (False, False): ((0, 5), "center"),
+                (False, True): ((-6, 10), "right"),
+                (True, False): ((6, 10), "left"),
+                (True, True): ((6, -16), "left"),
+            }[falls_to, rises_from]
+            panel.annotate(
                 f"{value:.2f}",
-                (side, value),
-                (-6 if rises else 0, 10),
+                (side, value if falls_to or rises_from else ends[1, place]),
+                offset,
                 textcoords="offset points",
-                horizontalalignment="right" if rises else "center",
+                horizontalalignment=side_of_point,
                 fontsize=12,
             )
         panel.set(xlabel="side of the centre crop (px)", ylabel=f"top-{quantity[-1]} accuracy (%)")

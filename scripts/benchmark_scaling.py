@@ -5,11 +5,14 @@
 
 The same batch of noise again and again, through trainer.train_step and the agreement of the
 processes that goes with each step; no loader. `plain` is python3 with all cores, the others are
-torchrun with so many processes, which share batch and cores. A round measures each once, one after
-another, each in fresh processes; the ratios are those of a round. torchrun with one process is to
-cost 1 % at most. Prints what it finds; --output takes a JSON file with hardware and versions.
+torchrun with so many processes, which share batch and cores. All are started once, and take turns:
+a round is a block of each, while the others wait, and its ratios are of blocks that lie seconds
+apart, since a machine's speed drifts by more than torchrun with one process is to cost: 1 % at
+most. The 95 % interval of the median ratio (bootstrap) says what the rounds can tell apart. Prints
+what it finds; --output takes a JSON file with hardware and versions.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -42,7 +47,7 @@ from utils import (
     write_json,
 )
 
-WARM_STEPS = 3
+FIRST_STEPS = 3  # which pick kernels and take memory
 CLASSES = 1000
 
 
@@ -56,18 +61,18 @@ class BenchmarkOptions:
     """images in a step, over all processes; 0: 448 on a GPU, 32 on a CPU"""
     px: int = 128
     """side of the pictures, in pixels"""
-    steps: int = 20
-    """timed steps"""
-    rounds: int = 5
-    """how often each is measured"""
+    steps: int = 5
+    """timed steps of a block, after one that warms up"""
+    rounds: int = 20
+    """blocks of each"""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """arithmetic of the step; auto: as in the trainer"""
     sync_batchnorm: bool = False
     """synchronise BatchNorm's statistics"""
     output: Path | None = None
     """JSON file to write"""
-    measure_to: Path | None = None
-    """measure this process, and those that torchrun started beside it, and write to this file"""
+    measured: bool = False
+    """be one of the measured processes: a block for each line of the input, its time as a line"""
 
 
 def make_config(options: BenchmarkOptions) -> Config:
@@ -82,8 +87,8 @@ def make_config(options: BenchmarkOptions) -> Config:
     return config
 
 
-def measure(options: BenchmarkOptions, path: Path) -> None:
-    """Time the steps of this process and those beside it; the main one writes the result."""
+def measure(options: BenchmarkOptions) -> None:
+    """Time a block for each line that the main process reads, to the end of its input."""
     distributed.start()
     config = make_config(options)
     with distributed.agreed():
@@ -93,52 +98,98 @@ def measure(options: BenchmarkOptions, path: Path) -> None:
     size = len(distributed.share(np.arange(config.batch_size)))
     images = torch.randint(0, 256, (size, options.px, options.px, 3), dtype=torch.uint8)
     images, labels = images.to(run.device), torch.arange(size, device=run.device) % CLASSES
-    for step in range(WARM_STEPS + options.steps):
-        if step == WARM_STEPS:
-            started = time.monotonic()
-        distributed.any_of(False, False, False, False, False)  # as the trainer asks
-        loss = trainer.train_step(run, images, labels, 1e-3, config.batch_size)
-        if step in (WARM_STEPS - 1, WARM_STEPS + options.steps - 1):
-            loss.item()  # waits for the device
-    seconds = time.monotonic() - started
-    record = {
-        "img_per_s": round(options.steps * config.batch_size / seconds, 3),
-        "hardware": preflight.describe_hardware(run.device, run.precision),
-    }
-    distributed.in_main(write_json, path, record)
+
+    def seconds(steps: int) -> float:
+        started = time.monotonic()
+        for _ in range(steps):
+            distributed.any_of(False, False, False, False, False)  # as the trainer asks
+            loss = trainer.train_step(run, images, labels, 1e-3, config.batch_size)
+        loss.item()  # waits for the device
+        return time.monotonic() - started
+
+    seconds(FIRST_STEPS)
+    hardware = preflight.describe_hardware(run.device, run.precision)
+    distributed.in_main(answer, {"hardware": hardware})
+    while distributed.from_main(sys.stdin.readline):
+        seconds(1)
+        distributed.in_main(answer, {"seconds": seconds(options.steps)})
     distributed.wait_for_all()
 
 
-def start(name: str, options: BenchmarkOptions) -> dict[str, Any]:
-    """Measure `plain`, or so many processes under torchrun; raises UserError if they fail."""
-    processes = 1 if name == "plain" else int(name)
-    cores = len(os.sched_getaffinity(0))
-    launcher = [sys.executable]
-    if name != "plain":
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={name}"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.json"
-        settings = {
-            "batch-size": options.batch_size,
-            "px": options.px,
-            "steps": options.steps,
-            "precision": options.precision,
-            "measure-to": path,
-        }
-        arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+def answer(record: dict[str, Any]) -> None:
+    """Write a line for the one who measures."""
+    print(json.dumps(record), flush=True)
+
+
+class Contender:
+    """`plain`, or so many processes under torchrun, which wait for their turn."""
+
+    def __init__(self, name: str, options: BenchmarkOptions, errors: IO[str]) -> None:
+        processes = 1 if name == "plain" else int(name)
+        cores = len(os.sched_getaffinity(0))
+        launcher = [sys.executable]
+        if name != "plain":
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={name}"]
+        settings = ("batch_size", "px", "steps", "precision")
+        arguments = [
+            text
+            for key in settings
+            for text in (f"--{key.replace('_', '-')}", str(getattr(options, key)))
+        ]
         arguments += ["--sync-batchnorm"] * options.sync_batchnorm
-        done = subprocess.run(
-            [*launcher, __file__, *arguments],
+        self.errors = errors
+        self.process = subprocess.Popen(
+            [*launcher, __file__, "--measured", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))},
-            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
         )
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            raise UserError(
-                lines[0].removeprefix("error: ") if lines else done.stderr[-2000:], EXIT_FAILED
-            )
-        return json.loads(path.read_text())
+        self.hardware = self.answered()["hardware"]
+
+    def answered(self) -> dict[str, Any]:
+        """The next line of the main process; raises UserError if there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        self.errors.seek(0)
+        text = self.errors.read()
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        raise UserError(lines[0].removeprefix("error: ") if lines else text[-2000:], EXIT_FAILED)
+
+    def block(self) -> float:
+        """Seconds that a block takes."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `answered` says why
+            self.process.stdin.write("a block\n")
+            self.process.stdin.flush()
+        return self.answered()["seconds"]
+
+    def end(self) -> None:
+        """Let it end, or make it."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()  # torchrun ends its processes
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def contenders(names: list[str], options: BenchmarkOptions) -> Iterator[dict[str, Contender]]:
+    """All of them, started one after another."""
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for name in names:
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            started[name] = Contender(name, options, errors)
+            stack.callback(started[name].end)
+        yield started
 
 
 def spread(values: list[float], digits: int) -> dict[str, float]:
@@ -147,49 +198,59 @@ def spread(values: list[float], digits: int) -> dict[str, float]:
     return {name: round(value, digits) for name, value in parts.items()}
 
 
+def ratios(rates: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """The rate over that of `plain`, round by round, and the 95 % interval of its median."""
+    values = [rate / plain for rate, plain in zip(rates[name], rates["plain"], strict=True)]
+    found: dict[str, Any] = spread(values, 4)
+    if len(values) > 1:
+        interval = stats.bootstrap((values,), np.median, method="percentile").confidence_interval
+        found["median_95_percent"] = [round(float(end), 4) for end in interval]
+    return found
+
+
 def main() -> None:
     """Measure in rounds, print, write; or be one of the measured processes."""
     options = parse_options(BenchmarkOptions, __doc__)
-    start_log(None)
-    if options.measure_to is not None:
-        measure(options, options.measure_to)
+    if options.measured:
+        measure(options)
         return
+    start_log(None)
     config = make_config(options)
     if min(options.processes, default=0) < 1 or options.rounds < 1 or options.steps < 1:
         raise UserError("processes, rounds and steps must be 1 or more")
     names = ["plain", *map(str, options.processes)]
     rates: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name in names:
-            measured = start(name, options)
-            rates[name].append(measured["img_per_s"])
-        record = {
-            "settings": {
-                "batch_size": config.batch_size,
-                **{key: getattr(options, key) for key in ("px", "steps", "rounds")},
-                "sync_batchnorm": options.sync_batchnorm,
-            },
-            "hardware": {**measured["hardware"], "processes": list(options.processes)},
-            "versions": versions(),
-            "img_per_s": {name: spread(values, 2) for name, values in rates.items()},
-            "over_plain": {
-                name: spread(
-                    [rate / plain for rate, plain in zip(values, rates["plain"], strict=True)], 4
-                )
-                for name, values in rates.items()
-                if name != "plain"
-            },
-            "rounds_img_per_s": rates,
-        }
-        if options.output:  # after each round: an interruption loses but the one under way
-            write_json(options.output, record)
+    with contenders(names, options) as started:
+        for _ in range(options.rounds):
+            for name, contender in started.items():
+                rate = options.steps * config.batch_size / contender.block()
+                rates[name].append(round(rate, 3))
+        hardware = started["plain"].hardware
+    record = {
+        "settings": {
+            "batch_size": config.batch_size,
+            **{key: getattr(options, key) for key in ("px", "steps", "rounds")},
+            "sync_batchnorm": options.sync_batchnorm,
+        },
+        "hardware": {**hardware, "processes": list(options.processes)},
+        "versions": versions(),
+        "img_per_s": {name: spread(values, 2) for name, values in rates.items()},
+        "over_plain": {name: ratios(rates, name) for name in names[1:]},
+        "rounds_img_per_s": rates,
+    }
+    if options.output:
+        write_json(options.output, record)
     for name in names:
         rate = record["img_per_s"][name]
         what = "plain" if name == "plain" else f"torchrun, {name} processes"
         text = f"{what}: {rate['median']:.2f} img/s ({rate['min']:.2f} to {rate['max']:.2f})"
         if name != "plain":
             ratio = record["over_plain"][name]
-            text += f", {ratio['median']:.3f} of plain ({ratio['min']:.3f} to {ratio['max']:.3f})"
+            text += f", {ratio['median']:.3f} of plain ({ratio['min']:.3f} to {ratio['max']:.3f}"
+            if "median_95_percent" in ratio:
+                low, high = ratio["median_95_percent"]
+                text += f"; the median {low:.3f} to {high:.3f}"
+            text += ")"
         log.info("%s", text)
 
 

@@ -15,7 +15,6 @@ made from the log: top-1 of the last epoch (not of the best, which would favour 
 and standard deviation, and the difference from the first variant with its 95 % interval.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -128,8 +127,11 @@ def run_name(variant: str, seed: int) -> str:
 # ------------------------------------------------------------------------------ the runs
 
 
-def train(config: Config) -> int:
-    """The trainer's exit code; its output goes to the run's own train.log and the screen."""
+def train(config: Config) -> tuple[int, bool]:
+    """The trainer's exit code, and whether a signal asked for an end, which it may have been at.
+
+    Its output goes to the run's own train.log and the screen.
+    """
     default = RECIPES[config.recipe].config
     command = [sys.executable, str(TRAINER), "--recipe", config.recipe]
     for field in dataclasses.fields(Config):
@@ -140,12 +142,23 @@ def train(config: Config) -> int:
             command.append(f"--{option}" if value else f"--no-{option}")
         else:
             command += [f"--{option}", str(value)]
+    is_asked = False
+
+    def pass_on(*_: object) -> None:
+        nonlocal is_asked
+        is_asked = True
+        process.terminate()
+
     with subprocess.Popen(command) as process:
-        # Ctrl-C reaches the trainer too, which saves; a SIGTERM is passed on.
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):
-                return process.wait()
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            while True:
+                try:
+                    return process.wait(), is_asked
+                except KeyboardInterrupt:  # Ctrl-C reaches the trainer too, which saves
+                    is_asked = True
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str, Any]:
@@ -200,7 +213,7 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
             runs_folder=str(options.runs_folder / log_path.stem),
         )
         print(f"\n{variant}, seed {seed}", flush=True)
-        exit_code = train(config)
+        exit_code, is_asked = train(config)
         if exit_code in {EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM}:
             return EXIT_INTERRUPTED
         if exit_code == EXIT_USER_ERROR:  # which is the user's to mend, and no result
@@ -208,6 +221,8 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
         lines = [*read_log(log_path), outcome(config, seed, variant, exit_code)]
         write_atomically(log_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         failed = failed or exit_code != 0
+        if is_asked:
+            return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else 0
 
 

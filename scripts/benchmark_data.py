@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils import (
     MEAN,
+    RECIPES,
     STD,
-    Config,
     UserError,
     describe_computer,
     keep_freed_memory,
@@ -128,14 +128,16 @@ def torchvision_originals(places: Places, px: int, cores: int) -> Iterator[int]:
         yield from (len(labels) for _, labels in loader)
 
 
-def ours(folder_name: str, px: int, cores: int) -> Iterator[int]:
-    """data.train_batches on a folder or a store, a thread a core."""
+def ours(folder_name: str, px: int, cores: int, recipe: str = "reference") -> Iterator[int]:
+    """data.train_batches on a folder or a store, a thread a core, with a recipe's crops."""
     import augment
     import data
     import image_files
 
     images = image_files.open_image_set(folder_name, "train")
-    config = dataclasses.replace(Config(), train_px=px, batch_size=BATCH_SIZE, workers=cores)
+    config = dataclasses.replace(
+        RECIPES[recipe].config, train_px=px, batch_size=BATCH_SIZE, workers=cores
+    )
     fill = functools.partial(data.fill_train, config, 0)
     order = np.concatenate([augment.epoch_order(0, epoch, len(images)) for epoch in range(EPOCHS)])
     while True:
@@ -151,6 +153,11 @@ def ours_originals(places: Places, px: int, cores: int) -> Iterator[int]:
 def ours_store(places: Places, px: int, cores: int) -> Iterator[int]:
     """Ours on the store."""
     return ours(str(places.store), px, cores)
+
+
+def ours_accurate(places: Places, px: int, cores: int) -> Iterator[int]:
+    """Ours on the store with accurate's augmentation, but for what the device does: mixing."""
+    return ours(str(places.store), px, cores, "accurate")
 
 
 def decode_only(places: Places, px: int, cores: int) -> Iterator[int]:
@@ -224,12 +231,13 @@ PIPELINES: dict[str, Pipeline] = {
     "torchvision, originals": torchvision_originals,
     "ours, originals": ours_originals,
     "ours, store": ours_store,
+    "ours as accurate, store": ours_accurate,
     "FFCV, its file": ffcv,
     "DALI CPU, store's pictures": dali,
     "decode only, store": decode_only,
 }
 NEEDS = {"FFCV, its file": "ffcv", "DALI CPU, store's pictures": "nvidia.dali"}
-OURS = ("ours, originals", "ours, store", "decode only, store")
+OURS = ("ours, originals", "ours, store", "ours as accurate, store", "decode only, store")
 # What is quoted: the first against the second.
 RATIOS = (
     ("ours, store", "FFCV, its file"),
@@ -237,6 +245,7 @@ RATIOS = (
     ("ours, store", "torchvision, originals"),
     ("ours, originals", "torchvision, originals"),
     ("ours, store", "decode only, store"),
+    ("ours as accurate, store", "ours, store"),
 )
 
 

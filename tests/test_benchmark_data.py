@@ -44,7 +44,7 @@ def test_it_measures_all_pipelines_that_are_installed(tmp_path: Path) -> None:
         there = module is None or benchmark_data.installed(module)
         assert (name in rates) == there
         assert (f"{name} is not installed" in done.stdout) != there
-    assert len(set(rates) - set(benchmark_data.NEEDS)) == 4
+    assert len(set(rates) - set(benchmark_data.NEEDS)) == 5
     for row in (*rates.values(), *result["ratios"].values()):
         assert row["rounds"] == [row["median"]] == [row["min"]] == [row["max"]]
         assert row["median"] > 0

@@ -4,10 +4,10 @@
     python3 evaluate.py --flip-average --sizes 160 192 224 256 288
     python3 evaluate.py --model runs/NAME/export/model.onnx --val-folder-name other.store
 
-Reads a weights file of a run, or TorchScript, ONNX or .pt2 with the model.json beside it. Images
-are prepared and counted as in training's validation: with a run's own settings, in fp32, the counts
-are those of its result.json. A validation set may have only some of the model's classes, which are
-then matched by name. Writes into runs/<name>/evaluation/, or --output:
+Reads a weights file or a checkpoint of a run, or TorchScript, ONNX or .pt2 with the model.json
+beside it. Images are prepared and counted as in training's validation: with a run's own settings,
+in fp32, the counts are those of its result.json. A validation set may have only some of the model's
+classes, which are then matched by name. Writes into runs/<name>/evaluation/, or --output:
 
     evaluation.json   everything that was found, the protocol, hardware and versions
     per_class.csv     images and right answers of each class, and what it is mostly taken for
@@ -70,7 +70,8 @@ class EvaluationOptions:
     weights: Literal["best", "last"] = "best"
     """which weights of the run: those with the best validation top-1, or the last"""
     model: Path | None = None
-    """a file in their place: a run's weights, or an export (.pt, .onnx, .pt2) with model.json"""
+    """a file in their place: a run's weights or checkpoint, or an export (.pt, .onnx, .pt2) with
+    model.json"""
     val_folder_name: str = ""
     """validation images, a folder or a store; the run's if empty"""
     val_px: int = 0

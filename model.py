@@ -36,6 +36,7 @@ class ResNet50Wrapper(torch.nn.Module):
 def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     """A model with the weights of a file, which bear torchvision's own names; on the CPU.
 
+    Of a checkpoint, those that are validated and kept: averaged, where the run averages.
     Raises ValueError if the file is damaged, or is of another model or number of classes.
     """
     try:
@@ -50,8 +51,10 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     model = ResNet50Wrapper(num_classes)
     try:  # what holds more than tensors is not unpickled, for it may be a program
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if "optimizer" in state:
+            state = state["average"] or state["model"]
         model.model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError, pickle.UnpicklingError):
+    except (RuntimeError, TypeError, AttributeError, KeyError, pickle.UnpicklingError):
         classes = f"a ResNet-50 with {num_classes} classes"
         raise ValueError(f"{path} has not the weights of {classes}") from None
     return model

@@ -8,7 +8,10 @@ import torch
 import torchvision
 from conftest import run_stage_command
 
+import checkpoint
+import trainer
 from model import ResNet50Wrapper, human_names, load_weights
+from utils import Config
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,20 @@ def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], value) and loaded[name].device.type == "cpu"
     with pytest.raises(ValueError, match="has not the weights of a ResNet-50 with 8 classes"):
         load_weights(tmp_path / "weights.pt", num_classes=8)
+
+
+@pytest.mark.parametrize("half_life", [0, 3])
+def test_weights_of_a_checkpoint_are_those_that_are_kept(tmp_path: Path, half_life: int) -> None:
+    config = Config(average_steps=half_life, precision="fp32", device="cpu")
+    run = trainer.new_run(config, num_classes=7)
+    run.model.train()
+    trainer.train_step(run, torch.zeros((2, 32, 32, 3), dtype=torch.uint8), torch.arange(2), 0.1)
+    (tmp_path / "checkpoints").mkdir()
+    path = checkpoint.save(tmp_path / "checkpoints", {**run.state(), "config": {}, "images": {}})
+    loaded = load_weights(path, num_classes=7).model.state_dict()
+    kept, trained = run.kept.model.state_dict(), run.model.model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in kept.items())
+    assert torch.equal(kept["fc.weight"], trained["fc.weight"]) == (half_life == 0)
 
 
 def last_norms(model: ResNet50Wrapper) -> list[torch.Tensor]:

@@ -6,10 +6,10 @@
 The same batch of noise again and again, through trainer.train_step and the agreement of the
 processes that goes with each step; no loader. `plain` is python3 with all cores, the others are
 torchrun with so many processes, which share batch and cores. All are started once, and take turns:
-a round is a block of each, while the others wait, and its ratios are of blocks that lie seconds
-apart, since a machine's speed drifts by more than torchrun with one process is to cost: 1 % at
-most. The 95 % interval of the median ratio (bootstrap) says what the rounds can tell apart. Prints
-what it finds; --output takes a JSON file with hardware and versions.
+a round is a block of each, while the others wait, every second one in reverse, and its ratios are
+of blocks that lie seconds apart, since a machine's speed drifts by more than torchrun with one
+process is to cost: 1 % at most. The 95 % interval of the median ratio (bootstrap) says what the
+rounds can tell apart. Prints what it finds; --output takes a JSON file with hardware and versions.
 """
 
 import contextlib
@@ -221,9 +221,9 @@ def main() -> None:
     names = ["plain", *map(str, options.processes)]
     rates: dict[str, list[float]] = {name: [] for name in names}
     with contenders(names, options) as started:
-        for _ in range(options.rounds):
-            for name, contender in started.items():
-                rate = options.steps * config.batch_size / contender.block()
+        for number in range(options.rounds):
+            for name in names[:: -1 if number % 2 else 1]:
+                rate = options.steps * config.batch_size / started[name].block()
                 rates[name].append(round(rate, 3))
         hardware = started["plain"].hardware
     record = {

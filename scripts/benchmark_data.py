@@ -129,7 +129,7 @@ def torchvision_originals(places: Places, px: int, cores: int) -> Iterator[int]:
 
 
 def ours(folder_name: str, px: int, cores: int, recipe: str = "reference") -> Iterator[int]:
-    """data.train_batches on a folder or a store, a thread a core, with a recipe's crops."""
+    """data.train_batches on a folder or a store, a thread a core, with a recipe's augmentation."""
     import augment
     import data
     import image_files

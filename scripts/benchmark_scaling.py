@@ -203,7 +203,8 @@ def ratios(rates: dict[str, list[float]], name: str) -> dict[str, Any]:
     values = [rate / plain for rate, plain in zip(rates[name], rates["plain"], strict=True)]
     found: dict[str, Any] = spread(values, 4)
     if len(values) > 1:
-        interval = stats.bootstrap((values,), np.median, method="percentile").confidence_interval
+        found_by = stats.bootstrap((values,), np.median, method="percentile", rng=0)
+        interval = found_by.confidence_interval
         found["median_95_percent"] = [round(float(end), 4) for end in interval]
     return found
 
@@ -225,21 +226,20 @@ def main() -> None:
             for name in names[:: -1 if number % 2 else 1]:
                 rate = options.steps * config.batch_size / started[name].block()
                 rates[name].append(round(rate, 3))
-        hardware = started["plain"].hardware
-    record = {
-        "settings": {
-            "batch_size": config.batch_size,
-            **{key: getattr(options, key) for key in ("px", "steps", "rounds")},
-            "sync_batchnorm": options.sync_batchnorm,
-        },
-        "hardware": {**hardware, "processes": list(options.processes)},
-        "versions": versions(),
-        "img_per_s": {name: spread(values, 2) for name, values in rates.items()},
-        "over_plain": {name: ratios(rates, name) for name in names[1:]},
-        "rounds_img_per_s": rates,
-    }
-    if options.output:
-        write_json(options.output, record)
+            record = {
+                "settings": {
+                    "batch_size": config.batch_size,
+                    **{key: getattr(options, key) for key in ("px", "steps", "rounds")},
+                    "sync_batchnorm": options.sync_batchnorm,
+                },
+                "hardware": {**started["plain"].hardware, "processes": list(options.processes)},
+                "versions": versions(),
+                "img_per_s": {name: spread(values, 2) for name, values in rates.items()},
+                "over_plain": {name: ratios(rates, name) for name in names[1:]},
+                "rounds_img_per_s": rates,
+            }
+            if options.output:  # after each round: an interruption loses but the one under way
+                write_json(options.output, record)
     for name in names:
         rate = record["img_per_s"][name]
         what = "plain" if name == "plain" else f"torchrun, {name} processes"

@@ -279,26 +279,25 @@ def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
             f"| {name} | {mean:.2f} %{spread} | {len(group)}"
             + f", {failures} failed" * bool(failures)
             + f" | {', '.join(f'{value:.2f}' for value in group)} | {against} | {epochs} "
-            f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs[0], lines)} |"
+            f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs, lines)} |"
         )
     parts += ["", _statement(results, deviation, freedom, lines), ""]
     return "\n".join(parts)
 
 
-def _differences(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    """The settings of a run that not all runs have alike."""
+def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
+    """The settings of a variant's runs that not all runs have alike."""
     names = {name for other in lines for name in other["settings"]} - {"seed"}
     default = dataclasses.asdict(Config())
 
-    def value(of: dict[str, Any], name: str) -> Any:
-        return of["settings"].get(name, default.get(name))
+    def values(of: list[dict[str, Any]], name: str) -> list[str]:
+        return sorted({str(line["settings"].get(name, default.get(name))) for line in of})
 
-    differing = [
-        f"{name} {value(line, name)}"
+    return ", ".join(
+        f"{name} {'/'.join(values(runs, name))}"
         for name in sorted(names)
-        if len({str(value(other, name)) for other in lines}) > 1
-    ]
-    return ", ".join(differing)
+        if len(values(lines, name)) > 1
+    )
 
 
 def _statement(

@@ -67,6 +67,9 @@ def test_weights_of_a_checkpoint_are_those_that_are_kept(tmp_path: Path, half_li
     kept, trained = run.kept.model.state_dict(), run.model.model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in kept.items())
     assert torch.equal(kept["fc.weight"], trained["fc.weight"]) == (half_life == 0)
+    torch.save({"optimizer": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="has not the weights of a ResNet-50 with 7 classes"):
+        load_weights(tmp_path / "other.pt", num_classes=7)
 
 
 def last_norms(model: ResNet50Wrapper) -> list[torch.Tensor]:

@@ -224,3 +224,11 @@ def test_single_runs_are_not_compared_as_if_their_spread_were_known() -> None:
     assert "| +10.00 |" in text
     assert "One run each: what differs may be the seed's doing." in text
     assert "No run has finished" in trials.table("Title", ["a"], [])
+
+
+def test_runs_of_a_variant_whose_settings_differ_are_told_with_both() -> None:
+    lines = [a_line("a", 700), a_line("a", 710, compile=True), a_line("b", 720, compile=True)]
+    rows = trials.table("Title", ["a", "b"], lines).splitlines()
+    (a,), (b,) = ([row for row in rows if row.startswith(f"| {name} |")] for name in "ab")
+    assert a.endswith("| compile False/True |")
+    assert b.endswith("| compile True |")

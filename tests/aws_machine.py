@@ -199,8 +199,10 @@ class Machines:
         (here / "address").write_text(address)
         names = self.folder / "addresses"
         names.mkdir(exist_ok=True)
-        (names / address).unlink(missing_ok=True)
-        (names / address).symlink_to(here)
+        # Only where it changed: a connection that is just being made must find the name.
+        if not (names / address).is_symlink() or (names / address).readlink() != here:
+            (names / address).unlink(missing_ok=True)
+            (names / address).symlink_to(here)
         if instance_id in self.running:
             if self.running[instance_id].poll() is not None:
                 raise RuntimeError(f"machine ended: {(here / 'console.log').read_text()}")

@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,15 +135,21 @@ def _functional() -> ModuleType:
     return functional
 
 
-def _affine(image: Image.Image, **changes: list[float]) -> Image.Image:
+def _affine(image: Image.Image, **changes: Any) -> Image.Image:
     """As torchvision's; what comes in from outside is black."""
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    return _functional().affine(image, **{**still, **changes}, interpolation=_BILINEAR)
+    return _functional().affine(image, **{**still, "interpolation": _BILINEAR, **changes})
 
 
 def _sheared(image: Image.Image, across: float, down: float) -> Image.Image:
     degrees = [math.degrees(math.atan(across)), math.degrees(math.atan(down))]
     return _affine(image, shear=degrees, center=[0, 0])
+
+
+def _moved(image: Image.Image, across: float, down: float) -> Image.Image:
+    # By whole pixels, for which the quickest interpolation gives the same.
+    whole = [int(across), int(down)]
+    return _affine(image, translate=whole, interpolation=Image.Resampling.NEAREST)
 
 
 _BILINEAR = Image.Resampling.BILINEAR
@@ -156,8 +162,8 @@ OPERATIONS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], float, 
     "Identity": (lambda image, _: image, 0.0, False),
     "ShearX": (lambda image, by: _sheared(image, by, 0.0), 0.99, True),
     "ShearY": (lambda image, by: _sheared(image, 0.0, by), 0.99, True),
-    "TranslateX": (lambda image, by: _affine(image, translate=[int(by), 0]), 32.0, True),
-    "TranslateY": (lambda image, by: _affine(image, translate=[0, int(by)]), 32.0, True),
+    "TranslateX": (lambda image, by: _moved(image, by, 0.0), 32.0, True),
+    "TranslateY": (lambda image, by: _moved(image, 0.0, by), 32.0, True),
     "Rotate": (lambda image, by: _functional().rotate(image, by, _BILINEAR), 135.0, True),
     "Brightness": (lambda image, by: _functional().adjust_brightness(image, 1 + by), 0.99, True),
     "Color": (lambda image, by: _functional().adjust_saturation(image, 1 + by), 0.99, True),

@@ -30,11 +30,11 @@ import torch
 import tqdm
 
 import data
+import engine
 import error_analysis
 import evaluated_model
 import image_files
 import preflight
-import trainer
 from error_analysis import Answers, Shown
 from evaluated_model import Predict
 from model import human_names
@@ -141,8 +141,8 @@ def load_subject(options: EvaluationOptions, folder: Path | None) -> Subject:
             raise UserError(f"{path} does not say what its classes are: name its run with --name")
         config, classes, _ = run
         config = settings(options, config)
-        device = trainer.choose_device(config)
-        trainer.choose_precision(config, device)  # refuses what the device cannot do
+        device = engine.choose_device(config)
+        engine.choose_precision(config, device)  # refuses what the device cannot do
         predict = evaluated_model.load_checkpoint(path, len(classes), device)
         labels = evaluated_model.class_names(classes, human_names(classes))
         return Subject(path, kind, predict, classes, labels, config, device)
@@ -155,7 +155,7 @@ def load_subject(options: EvaluationOptions, folder: Path | None) -> Subject:
     export = evaluated_model.read_description(path, kind)
     sizes = {"val_px": export["input_px"], "val_resize_px": export["resize_px"]}
     config = settings(options, dataclasses.replace(run[0] if run else Config(), **sizes))
-    device = torch.device("cpu") if kind == "onnx" else trainer.choose_device(config)
+    device = torch.device("cpu") if kind == "onnx" else engine.choose_device(config)
     predict = evaluated_model.load_export(path, kind, export, device)
     for px in dict.fromkeys((export["input_px"], config.val_px, *options.sizes)):
         evaluated_model.check_size(path, predict, export, px, device)
@@ -226,7 +226,7 @@ def ask(subject: Subject, config: Config, val_set: image_files.ImageSet, flip: b
     title, hidden = f"{config.val_px} px", not sys.stdout.isatty()
     with tqdm.tqdm(total=len(val_set), desc=title, unit="img", disable=hidden, leave=False) as bar:
         # `bool` heeds nothing: no other process shares the work.
-        for logits, labels in trainer.logits_of(
+        for logits, labels in engine.logits_of(
             predict, batches, subject.device, config.precision, bool
         ):
             likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices

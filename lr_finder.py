@@ -24,8 +24,8 @@ import tqdm
 import augment
 import data
 import distributed
+import engine
 import image_files
-import trainer
 from utils import (
     Config,
     ConfigOptions,
@@ -65,7 +65,7 @@ class FinderOptions:
 
 
 def range_test(
-    run: trainer.Run, batches: Iterator[data.Batch], options: FinderOptions, epoch_steps: int
+    run: engine.Run, batches: Iterator[data.Batch], options: FinderOptions, epoch_steps: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Learning rates, losses, smoothed losses: a value a step, until the end or divergence.
 
@@ -81,7 +81,7 @@ def range_test(
     for step, (images, labels) in zip(bar, batches, strict=False):
         rate = options.first_lr * growth**step
         mix = augment.draw_mix(options.config, *divmod(step, epoch_steps), images.shape[1])
-        loss = trainer.train_step(run, images, labels, rate, mix=mix)
+        loss = engine.train_step(run, images, labels, rate, mix=mix)
         loss = loss.item()  # waits: every loss counts here
         if not math.isfinite(loss):
             break
@@ -175,7 +175,7 @@ def main() -> None:
             "first rate must be above 0 and below the last, over at least 20 steps"
         )
     start_log(None)
-    trainer.choose_precision(config, trainer.choose_device(config))  # refused before any folder
+    engine.choose_precision(config, engine.choose_device(config))  # refused before any folder
     first_px = train_px(config, epoch=0)
     if first_px != config.train_px:
         log.info("the range is tested at the first epoch's %d px", first_px)
@@ -184,7 +184,7 @@ def main() -> None:
     folder = run_folder(config.runs_folder, config.name)
     check_writable(folder, "--runs-folder")
     folder.mkdir(parents=True, exist_ok=True)
-    run = trainer.new_run(config, len(train_set.classes))
+    run = engine.new_run(config, len(train_set.classes))
     on_gpu = run.device.type == "cuda"
     # As many epochs as it takes, one after another.
     epochs = (

@@ -17,18 +17,14 @@ everything saved, 76 that its budget is spent.
 """
 
 import contextlib
-import copy
 import dataclasses
 import shutil
-import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import tqdm
 
@@ -36,13 +32,13 @@ import augment
 import checkpoint
 import data
 import distributed
+import engine
 import image_files
 import interruption
 import mirror
 import preflight
 import sessions
 from model import ResNet50Wrapper, load_weights
-from muon import Muon
 from utils import (
     EXIT_BUDGET,
     EXIT_FAILED,
@@ -53,7 +49,6 @@ from utils import (
     UserError,
     check_config,
     format_duration,
-    keep_freed_memory,
     learning_rate,
     log,
     parse_options,
@@ -70,11 +65,6 @@ from utils import (
     write_metrics,
 )
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Steps in a row that fp16's loss scaling may skip: it halves its scale at each, and a sound run
-# needs a few at its beginning, then one now and then. After 166 the scale would be 0 for good.
-SKIPS_ALLOWED = 10
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainerOptions:
@@ -86,289 +76,15 @@ class TrainerOptions:
     and an estimate of time, memory and price; exit code 2 if there is a problem"""
 
 
-class Average:
-    """The exponential moving average of a model's weights and BatchNorm statistics.
-
-    `half_life` is in steps. It begins as the model, and looks back a tenth of the way at first.
-    """
-
-    def __init__(self, model: ResNet50Wrapper, half_life: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = 0.5 ** (1 / half_life)
-        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        self.pairs = [pair for pair in pairs if pair[0].is_floating_point()]
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """Take in the model as it is after optimizer step `step`, counted from 1."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages, values = zip(*self.pairs, strict=True)
-        torch._foreach_lerp_(averages, values, weight)
-
-
-@dataclasses.dataclass
-class Run:
-    """Where a run stands: beside its settings, all that its future depends on."""
-
-    model: ResNet50Wrapper
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    precision: str  # of the forward pass: fp16, bf16 or fp32
-    totals: dict[str, torch.Tensor]  # sums over the epoch under way, on the device
-    training_model: torch.nn.Module  # the model, or what shares its gradients between processes
-    average: Average | None = None  # of the model, which is validated and kept in its place
-    label_smoothing: float = 0.0
-    micro_batch_size: int = 0  # most images that are computed at once; 0: all of a batch
-    # The training model through torch.compile, for batches of this size; None, 0: never.
-    compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
-    compiled_batch_size: int = 0
-    step: int = 0  # optimizer steps since the beginning
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
-    epoch_s: float = 0.0  # seconds of training in the epoch under way
-    elapsed_s: float = 0.0  # seconds of training and validation in all
-    spent_usd: float = 0.0  # price of all starts so far
-    # The trouble on its way from a GPU, and what tells that it has arrived.
-    arriving: tuple[torch.Tensor, torch.cuda.Event] | None = None
-
-    @property
-    def kept(self) -> ResNet50Wrapper:
-        """What is validated and kept of it: the average, if there is one."""
-        return self.average.model if self.average else self.model
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, the same on any number of processes; all have to ask."""
-        return {
-            "model": self.model.model.state_dict(),
-            "average": self.average and self.average.model.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "totals": totals_of_all(self.totals),
-            "step": self.step,
-            "history": self.history,
-            "epoch_s": self.epoch_s,
-            "elapsed_s": self.elapsed_s,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was saved."""
-        self.model.model.load_state_dict(state["model"])
-        if self.average:
-            self.average.model.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():  # it is off in fp32 and bf16
-            self.scaler.load_state_dict(state["scaler"])
-        for name, total in state["totals"].items():
-            # What was counted is one process's to keep, or it would be counted again by each.
-            if distributed.is_main() or name == "trouble":
-                self.totals[name].copy_(total)
-        for name in ("step", "history", "epoch_s", "elapsed_s"):
-            setattr(self, name, state[name])
-
-
 class Interrupted(Exception):
     """The run was asked to stop, and the step under way has ended."""
-
-
-# ------------------------------------------------------------------------------ the step
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of a forward pass: fp16, bf16 or fp32."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
-
-
-def train_step(
-    run: Run,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    learning_rate: float,
-    batch_size: int | None = None,
-    mix: augment.Mix | None = None,
-) -> torch.Tensor:
-    """One optimizer step on a batch on the device: images uint8 (N, H, W, 3), labels int64 (N,).
-
-    Where several processes share a batch, these are this one's of its `batch_size` images. The
-    gradient is that of the mean loss over the whole batch, however it is divided, after it was
-    mixed as `mix` says. Returns the mean loss of these images, a scalar on the device, and adds
-    loss, counts and trouble to run.totals, both without waiting for the device.
-    """
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    run.optimizer.zero_grad(set_to_none=True)
-    batch_size = batch_size or len(labels)
-    parts = distributed.micro_batches(batch_size, run.micro_batch_size)
-    loss = torch.zeros((), device=run.device)
-    images = data.normalize(images, DTYPES[run.precision])
-    partners = labels if mix is None else augment.mix_pairs(images, labels, mix)
-    whole = images, labels, partners
-    divided = zip(*(tensor.tensor_split(parts) for tensor in whole), strict=True)
-    for part, (some, their_labels, partners_labels) in enumerate(divided, start=1):
-        # A smaller last batch is not worth a compilation of its own.
-        model = run.compiled if len(some) == run.compiled_batch_size else run.training_model
-        with distributed.adds_up(run.training_model, part == parts):
-            with autocast(run.device, run.precision):
-                logits = model(some).float()
-            mean = mean_loss(run, logits, their_labels, partners_labels, mix)
-            # DistributedDataParallel takes the mean over the processes.
-            share = len(some) * distributed.processes() / batch_size
-            run.scaler.scale(mean * share).backward()
-        loss += mean.detach() * (len(some) / len(labels))
-        right = their_labels if mix is None or mix.own_share >= 0.5 else partners_labels
-        add_to_totals(run.totals, mean.detach(), logits.detach(), right)
-    scale = run.scaler.scale(torch.ones_like(loss))  # 1 where there is no scaling
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    skipped = run.scaler.scale(torch.ones_like(loss)) < scale
-    run.step += 1
-    if run.average:
-        run.average.follow(run.step)
-    add_trouble(run.totals["trouble"], loss, skipped)
-    return loss
-
-
-def mean_loss(
-    run: Run,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    partners: torch.Tensor,
-    mix: augment.Mix | None,
-) -> torch.Tensor:
-    """Cross entropy of logits (N, C), where images were mixed with labels in the same shares."""
-    smoothing = run.label_smoothing
-    own = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-    if mix is None:
-        return own
-    others = torch.nn.functional.cross_entropy(logits, partners, label_smoothing=smoothing)
-    return mix.own_share * own + (1 - mix.own_share) * others
-
-
-def new_totals(device: torch.device) -> dict[str, torch.Tensor]:
-    """Sums over images: the loss; right answers, right among the first five, and all images.
-
-    Beside them the trouble: skipped steps, those among them since the last good one, and steps
-    whose loss was not a number.
-    """
-    return {
-        "loss": torch.zeros((), dtype=torch.float64, device=device),
-        "counts": torch.zeros(3, dtype=torch.int64, device=device),
-        "trouble": torch.zeros(3, dtype=torch.int64, device=device),
-    }
-
-
-def add_to_totals(
-    totals: dict[str, torch.Tensor], loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor
-) -> None:
-    """Count a batch: its mean loss, and where the right class stands among its logits (N, C)."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    totals["loss"] += loss.double() * len(labels)
-    totals["counts"][0] += ranked[:, 0].sum()
-    totals["counts"][1] += ranked.sum()
-    totals["counts"][2] += len(labels)
-
-
-def add_trouble(trouble: torch.Tensor, loss: torch.Tensor, skipped: torch.Tensor) -> None:
-    """Count a step that was skipped, and a loss that is not a number; all on the device."""
-    trouble[0] += skipped
-    trouble[1] = torch.where(skipped, trouble[1] + 1, 0)
-    trouble[2] += ~loss.isfinite()
-
-
-def trouble_seen(run: Run) -> list[int]:
-    """The trouble so far; on a GPU that of some steps ago, for which nothing has to wait."""
-    if run.device.type != "cuda":
-        return run.totals["trouble"].tolist()
-    if run.arriving is None:
-        copied = run.totals["trouble"].to("cpu", non_blocking=True)
-        run.arriving = copied, torch.cuda.current_stream(run.device).record_event()
-    copied, arrived = run.arriving
-    if not arrived.query():
-        return [0, 0, 0]
-    run.arriving = None
-    return copied.tolist()
-
-
-def refuse_trouble(run: Run, trouble: list[int]) -> None:
-    """Stop a run whose loss is not a number any more, or whose steps are skipped one after another.
-
-    A loss that is not a number ends a run at once, for BatchNorm's statistics are spoilt by then.
-    Going back to the last checkpoint by itself would not help: the same steps would follow. Raises
-    UserError.
-    """
-    _, skipped_in_a_row, not_numbers = trouble
-    if not_numbers:
-        what = "the loss is not a number any more"
-    elif skipped_in_a_row >= SKIPS_ALLOWED:
-        what = f"fp16's loss scaling skipped {skipped_in_a_row} steps in a row"
-    else:
-        return
-    raise UserError(
-        f"{what} by step {run.step}, in epoch {len(run.history) + 1}: try a lower --max-lr or "
-        "another --precision under another --name; the last checkpoint is kept, and the same "
-        "command goes on from there, to the same end unless the hardware had erred",
-        EXIT_FAILED,
-    )
-
-
-def totals_of_all(totals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The totals of all processes together; all skip the same steps."""
-    summed = {name: distributed.summed(totals[name]) for name in ("loss", "counts")}
-    return {**summed, "trouble": distributed.largest(totals["trouble"])}
-
-
-def read_totals(totals: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
-    """The totals as part of a metrics row: mean loss, accuracy in percent, and the counts."""
-    correct1, correct5, images = totals["counts"].tolist()  # waits for the device
-    return {
-        f"{prefix}_loss": totals["loss"].item() / images,
-        f"{prefix}_top1": 100 * correct1 / images,
-        f"{prefix}_top5": 100 * correct5 / images,
-        f"{prefix}_correct1": correct1,
-        f"{prefix}_correct5": correct5,
-        f"{prefix}_images": images,
-    }
-
-
-def logits_of(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterator[data.Batch],
-    device: torch.device,
-    precision: str,
-    heed: distributed.Heed,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits, float32 (N, C), and labels of each batch, both on the device.
-
-    The model is given the normalised images, (N, 3, H, W); calls `heed` before each batch.
-    """
-    with contextlib.closing(data.to_device(batches, device)) as on_device:
-        for images, labels in distributed.heeded(on_device, heed):
-            if not len(labels):  # of a batch with fewer images than processes
-                continue
-            with torch.inference_mode(), autocast(device, precision):
-                logits = model(data.normalize(images, DTYPES[precision])).float()
-            yield logits, labels
-
-
-def evaluate(
-    model: ResNet50Wrapper,
-    batches: Iterator[data.Batch],
-    device: torch.device,
-    precision: str,
-    heed: distributed.Heed,
-) -> dict[str, Any]:
-    """val_loss, val_top1 and val_top5 with their counts; calls `heed` before each batch."""
-    model.eval()
-    totals = new_totals(device)
-    for logits, labels in logits_of(model, batches, device, precision, heed):
-        add_to_totals(totals, torch.nn.functional.cross_entropy(logits, labels), logits, labels)
-    return read_totals(totals_of_all(totals), "val")
 
 
 # ------------------------------------------------------------------------------ an epoch
 
 
 def train_epoch(
-    run: Run, config: Config, train_set: image_files.ImageSet, heed: distributed.Heed
+    run: engine.Run, config: Config, train_set: image_files.ImageSet, heed: distributed.Heed
 ) -> None:
     """Train what is left of the epoch under way; calls `heed` before and after each step."""
     epoch, steps = len(run.history), steps_per_epoch(config, train_set)
@@ -385,7 +101,7 @@ def train_epoch(
             batch_size = min(config.batch_size, len(train_set) - batch * config.batch_size)
             rate = learning_rate(config, run.step, steps)
             mix = augment.draw_mix(config, epoch, batch, images.shape[1])
-            train_step(run, images, labels, rate, batch_size, mix)
+            engine.train_step(run, images, labels, rate, batch_size, mix)
             now = time.monotonic()
             run.epoch_s += now - clock
             run.elapsed_s += now - clock
@@ -398,7 +114,7 @@ def train_epoch(
 
 
 def train_epochs(
-    run: Run,
+    run: engine.Run,
     config: Config,
     folder: Path,
     train_set: image_files.ImageSet,
@@ -419,7 +135,7 @@ def train_epochs(
 class Progress:
     """Says every few seconds how an epoch is going: a bar on a terminal, else a line in the log."""
 
-    def __init__(self, run: Run, config: Config, train_set: image_files.ImageSet) -> None:
+    def __init__(self, run: engine.Run, config: Config, train_set: image_files.ImageSet) -> None:
         self.run, self.config, self.train_set = run, config, train_set
         self.steps = steps_per_epoch(config, train_set)
         self.epoch = len(run.history)
@@ -446,7 +162,7 @@ class Progress:
         self.bar.update()
         if now - self.told_at < config.log_interval_s or not distributed.is_main():
             return
-        totals = read_totals(run.totals, "train")
+        totals = engine.read_totals(run.totals, "train")
         step_s = (now - self.told_at) / (run.step - self.told_step)
         self.told_at, self.told_step = now, run.step
         val_s = run.history[-1]["val_s"] if run.history else 0.0
@@ -475,24 +191,24 @@ class Progress:
 
 
 def finish_epoch(
-    run: Run,
+    run: engine.Run,
     config: Config,
     folder: Path,
     val_set: image_files.ImageSet,
     heed: distributed.Heed,
 ) -> None:
     """Validate, add the epoch's row to the history and the screen, and keep its weights."""
-    totals = totals_of_all(run.totals)
-    train, trouble = read_totals(totals, "train"), totals["trouble"].tolist()
+    totals = engine.totals_of_all(run.totals)
+    train, trouble = engine.read_totals(totals, "train"), totals["trouble"].tolist()
     with distributed.agreed():
-        refuse_trouble(run, trouble)
+        engine.refuse_trouble(run, trouble)
     distributed.copy_from_main(run.model.buffers())
     if run.average:
         distributed.copy_from_main(run.average.model.buffers())
     started = time.monotonic()
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     run.model.eval()  # an error of memory asks whether it was in training
-    val = evaluate(run.kept, val_batches, run.device, run.precision, heed)
+    val = engine.evaluate(run.kept, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
     steps = run.step // (len(run.history) + 1)
     row = {
@@ -572,107 +288,7 @@ def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> C
     return config
 
 
-def choose_device(config: Config) -> torch.device:
-    """The device that the settings ask for; raises UserError if it is not there."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device is cuda, but PyTorch sees no GPU: check nvidia-smi, or --device cpu"
-        )
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.backends.cudnn.benchmark = True  # picks the fastest kernels for the sizes it meets
-    return distributed.choose_gpu()
-
-
-def choose_precision(config: Config, device: torch.device) -> str:
-    """fp16, bf16 or fp32: what was asked for, or what the device is fast at."""
-    if config.precision == "fp16" and device.type == "cpu":
-        raise UserError("precision is fp16, which needs a GPU: use bf16, fp32 or auto on a CPU")
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cuda":
-        return "fp16"
-    # Other CPUs emulate bf16, more slowly than they compute in fp32.
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
-
-
-def new_run(config: Config, num_classes: int) -> Run:
-    """A run at its beginning; the first weights depend on the seed alone."""
-    device = choose_device(config)
-    precision = choose_precision(config, device)
-    keep_freed_memory()
-    torch.manual_seed(config.seed)
-    model = ResNet50Wrapper(num_classes, config.zero_init_residual)
-    model = model.to(device, memory_format=torch.channels_last)
-    if config.sync_batchnorm:
-        distributed.synchronise_batchnorm(model, device)
-    optimizer = new_optimizer(model, config, precision)
-    # The fused step may skip its first call, when fp16 overflows, and would leave the momentum as
-    # it found the memory.
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    training_model = distributed.data_parallel(model, device)
-    totals, micro = new_totals(device), config.micro_batch_size
-    run = Run(model, optimizer, scaler, device, precision, totals, training_model)
-    run.micro_batch_size, run.label_smoothing = micro, config.label_smoothing
-    if config.average_steps:
-        run.average = Average(model, config.average_steps)
-    if config.compile:
-        run.compiled = compiled(training_model, device)
-        share = len(distributed.share(np.arange(config.batch_size)))
-        run.compiled_batch_size = -(-share // distributed.micro_batches(config.batch_size, micro))
-    return run
-
-
-def new_optimizer(model: ResNet50Wrapper, config: Config, precision: str) -> torch.optim.Optimizer:
-    """SGD, or what orthogonalises its steps, with the weights that are treated alike together."""
-    is_muon = config.optimizer == "muon"
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        is_hidden = parameter.ndim == 4 and parameter.shape[1] > 3
-        decays = parameter.ndim > 1 or config.decay_norm_and_bias
-        groups[is_muon and is_hidden, decays].append(parameter)
-    described = [
-        {
-            "params": parameters,
-            "momentum": 0.0 if is_orthogonal else config.momentum,
-            "orthogonal_momentum": config.momentum if is_orthogonal else 0.0,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            "nesterov": is_muon and not is_orthogonal,
-        }
-        for (is_orthogonal, decays), parameters in groups.items()
-    ]
-    # Fused: one pass over the weights instead of four.
-    if not is_muon:
-        return torch.optim.SGD(described, config.max_lr, fused=True)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return Muon(described, dtype, lr=config.max_lr, fused=True)
-
-
-def compiled(
-    model: torch.nn.Module, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model through torch.compile, which shares its weights and leaves their names alone.
-
-    Compiled at the first batch of every size. Raises UserError where nothing can be compiled.
-    """
-    # One for each size of the pictures, where the default would give up at eight.
-    torch._dynamo.config.recompile_limit = 64
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=device))  # needs what the model will need
-    except (RuntimeError, subprocess.SubprocessError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise UserError(
-            f"torch.compile does not work here ({reason}): install a C++ compiler and Python's "
-            "headers (apt-get install g++ python3-dev), or leave out --compile"
-        ) from None
-    return torch.compile(model, dynamic=False)
-
-
-def resume(run: Run, state: dict[str, Any], folder: Path) -> None:
+def resume(run: engine.Run, state: dict[str, Any], folder: Path) -> None:
     """Take a run to where its checkpoint was saved."""
     run.load(state)
     distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
@@ -682,7 +298,7 @@ def resume(run: Run, state: dict[str, Any], folder: Path) -> None:
 
 
 def dry_run(
-    run: Run,
+    run: engine.Run,
     config: Config,
     folder: Path,
     state: dict[str, Any] | None,
@@ -695,7 +311,8 @@ def dry_run(
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         mix = augment.draw_mix(config, 0, run.step, images.shape[1])
-        train_step(run, images, labels, learning_rate(config, run.step, steps), mix=mix).item()
+        rate = learning_rate(config, run.step, steps)
+        engine.train_step(run, images, labels, rate, mix=mix).item()
 
     run.model.train()
     with contextlib.suppress(torch.OutOfMemoryError):  # and with it the memory of the failed step
@@ -708,7 +325,7 @@ def dry_run(
 # ------------------------------------------------------------------------------ too little memory
 
 
-def advise_batch_size(run: Run, config: Config, setting: str) -> str:
+def advise_batch_size(run: engine.Run, config: Config, setting: str) -> str:
     """What to do about a setting of a batch, for which the GPU's memory is too small.
 
     Tries ever smaller batches, each an eighth smaller, with this run, which is over.
@@ -725,9 +342,9 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
             images = torch.zeros(size, px, px, 3, dtype=torch.uint8, device=run.device)
             labels = torch.zeros(size, dtype=torch.int64, device=run.device)
             if setting != "val_batch_size":
-                train_step(run, images, labels, 0.0).item()
+                engine.train_step(run, images, labels, 0.0).item()
             else:
-                evaluate(run.model, iter([(images, labels)]), run.device, precision, bool)
+                engine.evaluate(run.model, iter([(images, labels)]), run.device, precision, bool)
         except torch.OutOfMemoryError:
             continue
         advice = f"--{setting.replace('_', '-')} {size} would, as was tried just now"
@@ -744,7 +361,7 @@ def advise_batch_size(run: Run, config: Config, setting: str) -> str:
 
 
 def report(
-    run: Run,
+    run: engine.Run,
     config: Config,
     folder: Path,
     val_set: image_files.ImageSet,
@@ -762,7 +379,7 @@ def report(
     model = model.to(run.device, memory_format=torch.channels_last)
     val_batches = data.val_batches(val_set, config, pin=run.device.type == "cuda")
     torch.backends.cudnn.allow_tf32 = False  # which a GPU would otherwise take for fp32
-    val = evaluate(model, val_batches, run.device, "fp32", heed)
+    val = engine.evaluate(model, val_batches, run.device, "fp32", heed)
     best = max(run.history, key=lambda row: row["val_top1"])  # the first of equals, as saved
     result = {
         "epochs": total_epochs(config),
@@ -796,7 +413,7 @@ def write_tensorboard(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def say_interrupted(
-    run: Run, config: Config, requests: interruption.Requests, session: sessions.Session
+    run: engine.Run, config: Config, requests: interruption.Requests, session: sessions.Session
 ) -> int:
     """Say and note why the run stops, and that it is saved; returns the exit code."""
     epoch = min(len(run.history) + 1, total_epochs(config))
@@ -841,7 +458,7 @@ def main() -> None:
         start_log(None)
         check_config(options.config)
         distributed.refuse_several("--dry-run", options.dry_run)
-        choose_precision(options.config, choose_device(options.config))
+        engine.choose_precision(options.config, engine.choose_device(options.config))
         folder = run_folder(options.config.runs_folder, options.config.name)
         copies = in_main(mirror.start, "" if options.dry_run else options.config.mirror, folder)
 
@@ -861,7 +478,7 @@ def main() -> None:
         if state is not None and not options.dry_run:
             checkpoint.check_images(state, images)
         distributed.check_shares(config, len(train_set))
-        run = new_run(config, len(train_set.classes))
+        run = engine.new_run(config, len(train_set.classes))
     distributed.check_same(images=images, precision=run.precision)
     hardware = preflight.describe_hardware(run.device, run.precision)
     if options.dry_run:
@@ -893,7 +510,7 @@ def main() -> None:
         nonlocal saved_step, saved_at
         state = run.state()
         # What a GPU has counted but not yet told; the copies of the state wait for it too.
-        refuse_trouble(run, state["totals"]["trouble"].tolist())
+        engine.refuse_trouble(run, state["totals"]["trouble"].tolist())
         session.beat(run.step, len(run.history), now=True)
         saver.save({**state, **identity})
         saved_step, saved_at = run.step, time.monotonic()
@@ -902,7 +519,7 @@ def main() -> None:
         """Raise what some process ran into; stop or save, as asked or due: all at the same step."""
         try:
             saver.check()
-            refuse_trouble(run, trouble_seen(run))
+            engine.refuse_trouble(run, engine.trouble_seen(run))
         except (UserError, OSError) as error:
             failure = failure or error
         run.spent_usd = session.beat(run.step, len(run.history)) or 0.0

@@ -23,9 +23,9 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+import engine
 import image_files
 import preflight
-import trainer
 from utils import ConfigOptions, check_config, parse_options, run_stage, start_log
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     check_config(config)
     start_log(None)
     train_set, _, _ = image_files.open_images(config)
-    run = trainer.new_run(config, len(train_set.classes))
+    run = engine.new_run(config, len(train_set.classes))
     run.model.train()
     on_gpu = run.device.type == "cuda"
     epochs = (
@@ -63,7 +63,7 @@ def main() -> None:
     def seconds(batches, steps: int) -> tuple[float, data.Batch]:
         started = time.monotonic()
         for images, labels in itertools.islice(batches, steps):
-            loss = trainer.train_step(run, images, labels, 1e-3)
+            loss = engine.train_step(run, images, labels, 1e-3)
         loss.item()  # waits for the device
         return time.monotonic() - started, (images, labels)
 

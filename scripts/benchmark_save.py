@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
+import engine
 import preflight
-import trainer
 from utils import (
     Config,
     UserError,
@@ -69,7 +69,7 @@ def main() -> None:
     batch_size = options.batch_size or (448 if torch.cuda.is_available() else 16)
     config = Config(batch_size=batch_size, train_px=options.px)
     check_config(config)
-    run = trainer.new_run(config, 1000)
+    run = engine.new_run(config, 1000)
     run.model.train()
     random = torch.Generator().manual_seed(0)
     shape = (batch_size, options.px, options.px, 3)
@@ -79,7 +79,7 @@ def main() -> None:
     def train(seconds: float) -> None:
         started = time.monotonic()
         while time.monotonic() - started < seconds:
-            trainer.train_step(run, images, labels, 1e-6).item()
+            engine.train_step(run, images, labels, 1e-6).item()
 
     train(options.interval_s / 6)  # warms up
     pauses_s, durable_s, pairs = [], [], []

@@ -3,7 +3,7 @@
     python3 scripts/benchmark_scaling.py --output scaling.json
     python3 scripts/benchmark_scaling.py --processes 1 2 4 8 --batch-size 448       on eight GPUs
 
-The same batch of noise again and again, through trainer.train_step and the agreement of the
+The same batch of noise again and again, through engine.train_step and the agreement of the
 processes that goes with each step; no loader. `plain` is python3 with all cores, the others are
 torchrun with so many processes, which share batch and cores. All are started once, and take turns:
 a round is a block of each, while the others wait, every second one in reverse, and its ratios are
@@ -32,8 +32,8 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distributed
+import engine
 import preflight
-import trainer
 from utils import (
     EXIT_FAILED,
     Config,
@@ -93,7 +93,7 @@ def measure(options: BenchmarkOptions) -> None:
     config = make_config(options)
     with distributed.agreed():
         distributed.check_shares(config, config.batch_size)
-        run = trainer.new_run(config, CLASSES)
+        run = engine.new_run(config, CLASSES)
     run.model.train()
     size = len(distributed.share(np.arange(config.batch_size)))
     images = torch.randint(0, 256, (size, options.px, options.px, 3), dtype=torch.uint8)
@@ -103,7 +103,7 @@ def measure(options: BenchmarkOptions) -> None:
         started = time.monotonic()
         for _ in range(steps):
             distributed.any_of(False, False, False, False, False)  # as the trainer asks
-            loss = trainer.train_step(run, images, labels, 1e-3, config.batch_size)
+            loss = engine.train_step(run, images, labels, 1e-3, config.batch_size)
         loss.item()  # waits for the device
         return time.monotonic() - started
 

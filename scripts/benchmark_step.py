@@ -6,7 +6,7 @@
 The reference is what a script without care for speed does: torchvision's resnet50 in eager mode,
 its tensors (N, C, H, W), autocast to the precision of ours, float32 batches that come normalised
 from the host, torch.optim.SGD without fused, a GradScaler where that is fp16. Ours is
-trainer.train_step on uint8 batches. Neither has a loader, but in the column of that name.
+engine.train_step on uint8 batches. Neither has a loader, but in the column of that name.
 
 A block of the one and a block of the other, after a step that warms up, make a pair, and the ratio
 is that of the pair. Each has the memory allocator as it comes with it: glibc's own settings, as
@@ -37,9 +37,9 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+import engine
 import image_files
 import preflight
-import trainer
 import utils
 from utils import (
     MEAN,
@@ -104,7 +104,7 @@ class Reference:
         self.optimizer.param_groups[0]["lr"] = rate
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        with trainer.autocast(self.device, self.precision):
+        with engine.autocast(self.device, self.precision):
             loss = torch.nn.functional.cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -172,11 +172,11 @@ def probe(plain: bool, px: int, config: Config) -> dict[str, float]:
         batch = host_batch(px, config, plain)
         started = time.monotonic()
         if plain:
-            device = trainer.choose_device(config)
-            step: Step = Reference(1000, device, trainer.choose_precision(config, device))
+            device = engine.choose_device(config)
+            step: Step = Reference(1000, device, engine.choose_precision(config, device))
             batches = itertools.repeat(batch)
         else:
-            run = trainer.new_run(config, 1000)
+            run = engine.new_run(config, 1000)
             run.model.train()
             step, device = ours(run), run.device
             batches = data.to_device(itertools.repeat(batch), device)
@@ -189,15 +189,15 @@ def probe(plain: bool, px: int, config: Config) -> dict[str, float]:
     return {"first_step_s": round(first_step_s, 2), "peak_bytes": peak_bytes}
 
 
-def ours(run: trainer.Run) -> Step:
-    """trainer.train_step of a run."""
-    return lambda images, labels, rate: trainer.train_step(run, images, labels, rate)
+def ours(run: engine.Run) -> Step:
+    """engine.train_step of a run."""
+    return lambda images, labels, rate: engine.train_step(run, images, labels, rate)
 
 
-def peak_flops(run: trainer.Run) -> tuple[float, str]:
+def peak_flops(run: engine.Run) -> tuple[float, str]:
     """The most arithmetic that a large product of matrices reaches in the step's precision."""
     side = 8192 if run.device.type == "cuda" else 4096
-    factor = torch.randn(side, side, device=run.device).to(trainer.DTYPES[run.precision])
+    factor = torch.randn(side, side, device=run.device).to(engine.DTYPES[run.precision])
     seconds = []
     for _ in range(5):
         started = time.monotonic()
@@ -215,7 +215,7 @@ def spread(values: list[float], digits: int) -> dict[str, float]:
 
 
 def measure_size(
-    px: int, options: BenchmarkOptions, run: trainer.Run, reference: Reference, config: Config
+    px: int, options: BenchmarkOptions, run: engine.Run, reference: Reference, config: Config
 ) -> dict[str, Any]:
     """All pairs of one size, and with a folder as many blocks that the loader feeds."""
     steps, images = options.block_steps, options.block_steps * config.batch_size
@@ -276,7 +276,7 @@ def loss_curves(px: int, steps: int, config: Config) -> dict[str, Any]:
     change far below what anyone would call another start.
     """
     classes = len(image_files.open_image_set(config.train_folder_name, "train").classes)
-    run = trainer.new_run(config, classes)
+    run = engine.new_run(config, classes)
     run.model.train()
     references = [Reference(classes, run.device, run.precision) for _ in range(2)]
     for reference in references:
@@ -294,7 +294,7 @@ def loss_curves(px: int, steps: int, config: Config) -> dict[str, Any]:
         for step, (images, labels) in enumerate(itertools.islice(batches, steps)):
             rate, floats = learning_rate(schedule, step, steps), as_floats(images)
             on_device = images.to(run.device), labels.to(run.device)
-            losses["ours"].append(trainer.train_step(run, *on_device, rate))
+            losses["ours"].append(engine.train_step(run, *on_device, rate))
             for name, reference in zip(("reference", "noise"), references, strict=True):
                 losses[name].append(reference(floats, labels, rate))
     curves = {name: torch.stack(values).float().cpu() for name, values in losses.items()}
@@ -390,7 +390,7 @@ def main() -> None:
             }
             for px in options.px
         }
-    run = trainer.new_run(config, 1000)
+    run = engine.new_run(config, 1000)
     run.model.train()
     flops, measured_by = peak_flops(run)
     log.info("arithmetic peak: %.3g FLOP/s, %s", flops, measured_by)

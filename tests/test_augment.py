@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 import augment
 import data
+import engine
 import image_files
 import lr_finder
 import trainer
@@ -465,7 +466,7 @@ def test_a_mixed_step_is_that_of_soft_targets() -> None:
     """Loss, gradient and counts; in parts too, whose limits fall between partners."""
     smoothing = 0.1
     config = Config(precision="fp32", device="cpu", label_smoothing=smoothing)
-    run = trainer.new_run(dataclasses.replace(config, zero_init_residual=True), 9)
+    run = engine.new_run(dataclasses.replace(config, zero_init_residual=True), 9)
     run.model.eval()  # each image by itself
     torch.manual_seed(3)
     weight = torch.nn.init.normal_(run.model.model.fc.weight)
@@ -485,8 +486,8 @@ def test_a_mixed_step_is_that_of_soft_targets() -> None:
         right = (guesses == targets.argmax(1)).sum().item()
         by_partner += right > (guesses == labels).sum().item()
         for run.micro_batch_size in (0, 3):
-            run.totals = trainer.new_totals(run.device)
-            loss = trainer.train_step(run, images, labels, 0.0, mix=mix)
+            run.totals = engine.new_totals(run.device)
+            loss = engine.train_step(run, images, labels, 0.0, mix=mix)
             assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
             assert math.isclose(run.totals["loss"].item(), 7 * expected.item(), rel_tol=1e-5)
             assert torch.allclose(weight.grad, gradient, rtol=1e-3, atol=1e-6)
@@ -526,16 +527,16 @@ def test_every_step_of_a_run_and_of_the_finder_is_mixed(
     train_set, _, _ = image_files.open_images(config)
     seen: list[augment.Mix | None] = []
 
-    def note(run: trainer.Run, images: torch.Tensor, *arguments: object, **named: object) -> object:
+    def note(run: engine.Run, images: torch.Tensor, *arguments: object, **named: object) -> object:
         seen.append(named.get("mix", arguments[-1]))
         run.step += 1
         run.totals["counts"] += 1
         return torch.tensor(1.0)
 
-    monkeypatch.setattr(trainer, "train_step", note)
+    monkeypatch.setattr(engine, "train_step", note)
     run = types.SimpleNamespace(
         step=0, history=[], device=torch.device("cpu"), model=torch.nn.Linear(1, 1), epoch_s=0.0,
-        elapsed_s=0.0, totals=trainer.new_totals(torch.device("cpu")), spent_usd=0.0,
+        elapsed_s=0.0, totals=engine.new_totals(torch.device("cpu")), spent_usd=0.0,
     )  # fmt: skip
     for _ in range(2):
         trainer.train_epoch(run, config, train_set, bool)

@@ -27,9 +27,9 @@ import augment
 import checkpoint
 import data
 import distributed
+import engine
 import image_files
 import model
-import trainer
 from utils import Config, UserError, learning_rate
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -99,8 +99,8 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 def in_float64() -> None:
     """Let the trainer compute in float64, all but the loss."""
-    trainer.DTYPES["fp32"] = torch.float64
-    trainer.ResNet50Wrapper = lambda *arguments: model.ResNet50Wrapper(*arguments).double()
+    engine.DTYPES["fp32"] = torch.float64
+    engine.ResNet50Wrapper = lambda *arguments: model.ResNet50Wrapper(*arguments).double()
 
 
 def steps_of(
@@ -110,14 +110,14 @@ def steps_of(
 
     Frozen, BatchNorm normalises by its running statistics, whatever is computed at once.
     """
-    run = trainer.new_run(config, 3)
+    run = engine.new_run(config, 3)
     run.model.train(not frozen)
     gradients = {}
     batches = data.train_batches(train_set, config, epoch=0)
     for images, labels in itertools.islice(batches, steps):
         size = min(8, 23 - 8 * run.step)
         mix = augment.draw_mix(config, 0, run.step, 32)
-        trainer.train_step(run, images, labels, 0.01, size, mix)
+        engine.train_step(run, images, labels, 0.01, size, mix)
         if run.step == 1:
             named = run.model.named_parameters()
             gradients = {name: weight.grad.clone() for name, weight in named}
@@ -133,14 +133,14 @@ def compute(config: Config) -> dict[str, Any]:
     synchronised = dataclasses.replace(config, sync_batchnorm=True, **MIXED)
     in_parts = dataclasses.replace(config, micro_batch_size=2)
     torch.manual_seed(5)
-    net = trainer.ResNet50Wrapper(3, True)
+    net = engine.ResNet50Wrapper(3, True)
     torch.nn.init.normal_(net.model.fc.weight)  # else it says the same of each picture
     net.train()(torch.randn(16, 3, 32, 32, dtype=torch.float64))
     results = {
         "synchronised": steps_of(synchronised, train_set, steps=3),
         "in parts": steps_of(in_parts, train_set, steps=1, frozen=True),
         "validation": [
-            trainer.evaluate(
+            engine.evaluate(
                 net,
                 data.val_batches(val_set, dataclasses.replace(config, val_batch_size=size)),
                 torch.device("cpu"),
@@ -193,8 +193,8 @@ def alone_and_together(folder: Path, config: Config) -> None:
 def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = Config(**{**plain_settings(images, Path("unused")), "zero_init_residual": True})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(trainer.DTYPES, "fp32", torch.float32)  # what in_float64 changes is undone
-        patch.setattr(trainer, "ResNet50Wrapper", trainer.ResNet50Wrapper)
+        patch.setitem(engine.DTYPES, "fp32", torch.float32)  # what in_float64 changes is undone
+        patch.setattr(engine, "ResNet50Wrapper", engine.ResNet50Wrapper)
         results = compute(config)
         train_set = image_files.open_image_set(config.train_folder_name, "train")
         return {**results, "frozen": steps_of(config, train_set, steps=1, frozen=True)}

@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import checkpoint
+import engine
 import error_analysis
 import evaluate
 import generate_trace_model
-import trainer
 import utils
 from error_analysis import Answers, Shown
 from model import ResNet50Wrapper, load_weights
@@ -212,7 +212,7 @@ def test_the_trainer_counts_the_same(runs: Path, tmp_path: Path, monkeypatch) ->
     val_set = evaluate.image_files.open_image_set(config.val_folder_name, "val")
     model = load_weights(runs / "tiny/best.pt", len(classes))
     batches = evaluate.data.val_batches(val_set, config)
-    row = trainer.evaluate(model, batches, torch.device("cpu"), "fp32", bool)
+    row = engine.evaluate(model, batches, torch.device("cpu"), "fp32", bool)
     found = result_of(tmp_path)
     assert {key: found[key] for key in row} == {**row, "val_loss": pytest.approx(row["val_loss"])}
     assert not (tmp_path / "worst.png").exists()

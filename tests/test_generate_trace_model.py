@@ -17,9 +17,9 @@ from conftest import make_images, run_stage_command
 from PIL import Image
 
 import checkpoint
+import engine
 import generate_trace_model
 import image_files
-import trainer
 import utils
 from model import ResNet50Wrapper, load_weights
 from utils import Config
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         val_px=64,
         val_resize_px=72,
     )
-    run = trainer.new_run(config, 3)
+    run = engine.new_run(config, 3)
     run.model.train()
     for _ in range(3):  # statistics that are not BatchNorm's first ones
         run.model(torch.randn(8, 3, 64, 64))

@@ -48,10 +48,10 @@ def test_a_trainer_that_forgets_its_momentum_is_found_out(tmp_path: Path) -> Non
     (copy / "scripts").mkdir(parents=True)
     for path in (*REPOSITORY.glob("*.py"), REPOSITORY / "scripts/kill_drill.py"):
         shutil.copy(path, copy / path.relative_to(REPOSITORY))
-    code = (copy / "trainer.py").read_text()
+    code = (copy / "engine.py").read_text()
     line = 'self.optimizer.load_state_dict(state["optimizer"])'
     assert code.count(line) == 1
-    (copy / "trainer.py").write_text(code.replace(line, "pass"))
+    (copy / "engine.py").write_text(code.replace(line, "pass"))
     done = drill(copy, "--kills", 3, "--folder", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     (message,) = done.stderr.splitlines()

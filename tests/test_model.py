@@ -9,7 +9,7 @@ import torchvision
 from conftest import run_stage_command
 
 import checkpoint
-import trainer
+import engine
 from model import ResNet50Wrapper, human_names, load_weights
 from utils import Config
 
@@ -58,9 +58,9 @@ def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("half_life", [0, 3])
 def test_weights_of_a_checkpoint_are_those_that_are_kept(tmp_path: Path, half_life: int) -> None:
     config = Config(average_steps=half_life, precision="fp32", device="cpu")
-    run = trainer.new_run(config, num_classes=7)
+    run = engine.new_run(config, num_classes=7)
     run.model.train()
-    trainer.train_step(run, torch.zeros((2, 32, 32, 3), dtype=torch.uint8), torch.arange(2), 0.1)
+    engine.train_step(run, torch.zeros((2, 32, 32, 3), dtype=torch.uint8), torch.arange(2), 0.1)
     (tmp_path / "checkpoints").mkdir()
     path = checkpoint.save(tmp_path / "checkpoints", {**run.state(), "config": {}, "images": {}})
     loaded = load_weights(path, num_classes=7).model.state_dict()

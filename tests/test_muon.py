@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import trainer
+import engine
 from muon import Muon, orthogonalize
 from utils import RECIPES
 
@@ -123,7 +123,7 @@ def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step() -> None:
 
 
 def test_of_resnet50_all_convolutions_but_the_first_are_orthogonalised() -> None:
-    run = trainer.new_run(dataclasses.replace(RECIPES["fast"].config, precision="fp32"), 3)
+    run = engine.new_run(dataclasses.replace(RECIPES["fast"].config, precision="fp32"), 3)
     names = {parameter: name for name, parameter in run.model.model.named_parameters()}
     groups = {
         (bool(group["orthogonal_momentum"]), group["weight_decay"]): [

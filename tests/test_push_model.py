@@ -24,7 +24,7 @@ import push_model
 import pushing
 
 import checkpoint
-import trainer
+import engine
 import utils
 from utils import Config, UserError
 
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         val_px=64,
         val_resize_px=93,
     )
-    made = trainer.new_run(config, 3)
+    made = engine.new_run(config, 3)
     made.model.train()
     for _ in range(3):  # statistics that are not BatchNorm's first ones
         made.model(torch.randn(8, 3, 64, 64))

@@ -201,12 +201,12 @@ def test_a_budget_needs_a_price() -> None:
 QUICK = "import interruption, sessions; interruption.POLL_S = 0.01; sessions.BEAT_S = 0"
 KILLED = f"""{QUICK}
 import os, signal
-train_step = trainer.train_step
+train_step = engine.train_step
 def killed_before_step_11(run, *arguments):
     if run.step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
     return train_step(run, *arguments)
-trainer.train_step = killed_before_step_11
+engine.train_step = killed_before_step_11
 """
 
 

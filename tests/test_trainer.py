@@ -1,6 +1,5 @@
 """Training runs: what they leave, that they are exact, and that they go on where they were."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,9 +22,8 @@ import augment
 import checkpoint
 import data
 import image_files
-import muon
 import trainer
-from utils import Config, UserError, learning_rate
+from utils import Config, learning_rate
 
 TIMES = ("train_s", "val_s", "img_per_s")  # fields of a metrics row that no two runs share
 
@@ -201,54 +199,6 @@ def test_workers_and_repetition_change_nothing(
     assert outcome(other)["weights"] != with_one["weights"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"first_train_px": 32, "train_px": 64},  # one in the first epoch, the other in the second
-        {"optimizer": "muon", "average_steps": 2, "label_smoothing": 0.1},
-    ],
-)
-def test_a_stop_after_any_step_changes_nothing(
-    settings: dict[str, object], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every step of a run in turn is its last before a restart; in one process, for speed."""
-    monkeypatch.setattr(muon, "ROUNDS", 1)  # five take most of the time
-    config = Config(**{**settings, **changes})
-    train_set, _, _ = image_files.open_images(config)
-    folder = Path(settings["runs_folder"])
-    folder.mkdir()
-
-    def steps(run: trainer.Run, count: int) -> None:
-        run.model.train()
-        while count:
-            epoch, first = divmod(run.step, 3)
-            for images, labels in data.train_batches(train_set, config, epoch, first):
-                trainer.train_step(run, images, labels, learning_rate(config, run.step, 3))
-                count -= 1
-                if not count:
-                    break
-
-    undisturbed = trainer.new_run(config, 3)
-    steps(undisturbed, 6)
-    run = trainer.new_run(config, 3)
-    for stop in range(1, 6):
-        steps(run, 1)
-        assert run.step == stop
-        checkpoint.save(folder, run.state())
-        resumed = trainer.new_run(dataclasses.replace(config, seed=9), 3)
-        resumed.load(checkpoint.load_latest(folder))
-        assert resumed.step == stop
-        steps(resumed, 6 - stop)
-        for name, value in undisturbed.model.state_dict().items():
-            assert torch.equal(resumed.model.state_dict()[name], value), (stop, name)
-        for name, value in undisturbed.kept.state_dict().items():
-            assert torch.equal(resumed.kept.state_dict()[name], value), (stop, name)
-        assert torch.equal(resumed.totals["loss"], undisturbed.totals["loss"])
-        for path in folder.iterdir():
-            path.unlink()
-
-
 def stop_again_and_again(
     stopped: dict[str, object],
     signals: list[signal.Signals],
@@ -366,81 +316,6 @@ def test_what_is_left_counts_larger_steps_for_more(settings: dict[str, object]) 
     assert trainer.steps_left(plain, epoch=0, step=1, steps_per_epoch=3) == 5
 
 
-def test_the_size_of_a_validation_batch_changes_no_count(settings: dict[str, object]) -> None:
-    config = Config(**settings)
-    _, val_set, _ = image_files.open_images(config)
-    run = trainer.new_run(config, 3)
-    rows = []
-    for size in (1, 4, 8, 512):
-        batches = list(data.val_batches(val_set, dataclasses.replace(config, val_batch_size=size)))
-        assert len(batches[0][1]) == min(size, 21)
-        rows.append(trainer.evaluate(run.model, iter(batches), run.device, "fp32", bool))
-    for row in rows:
-        assert row["val_images"] == 21
-        assert math.isclose(row["val_loss"], rows[0]["val_loss"], rel_tol=1e-5)
-        for name in ("val_correct1", "val_correct5"):
-            assert row[name] == rows[0][name]
-
-
-def test_a_compiled_run_goes_on_exactly_and_its_checkpoint_is_anyones(
-    settings: dict[str, object],
-) -> None:
-    """A stop and another start give the same weights, bit for bit; names are torchvision's."""
-    config = Config(**{**settings, "compile": True, "zero_init_residual": True})
-    train_set, _, _ = image_files.open_images(config)
-    folder = Path(settings["runs_folder"])
-    folder.mkdir()
-
-    def steps(run: trainer.Run, last: int) -> trainer.Run:
-        run.model.train()
-        while run.step < last:
-            epoch, first = divmod(run.step, 3)
-            for images, labels in data.train_batches(train_set, config, epoch, first):
-                trainer.train_step(run, images, labels, 1e-3)
-                if run.step == last:
-                    break
-        return run
-
-    compiled = steps(trainer.new_run(config, 3), 2)
-    checkpoint.save(folder, compiled.state())
-    steps(compiled, 5)  # undisturbed; each other run would be compiled anew
-    state = checkpoint.load_latest(folder)
-    assert set(state["model"]) == set(torchvision.models.resnet50(num_classes=3).state_dict())
-    resumed = trainer.new_run(config, 3)
-    resumed.load(state)
-    steps(resumed, 5)
-    for name, value in compiled.model.model.state_dict().items():
-        assert torch.equal(resumed.model.model.state_dict()[name], value), name
-
-    # From the same checkpoint, the same step without compile: equal but for rounding.
-    eager = trainer.new_run(dataclasses.replace(config, compile=False), 3)
-    assert (eager.compiled, compiled.compiled is None) == (None, False)
-    images, labels = next(data.train_batches(train_set, config, epoch=0))
-    losses = []
-    for run in (eager, compiled):
-        run.load(state)
-        run.model.train()
-        losses.append(trainer.train_step(run, images, labels, 1e-3).item())
-    assert math.isclose(*losses, rel_tol=1e-4)
-    for name, value in compiled.model.named_buffers():
-        assert torch.allclose(eager.model.state_dict()[name], value, rtol=1e-3, atol=1e-4), name
-
-
-def test_only_whole_batches_are_compiled(settings: dict[str, object]) -> None:
-    run = trainer.new_run(Config(**settings), 3)
-    seen = []
-
-    def compiled(images: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(images.shape))
-        return run.model(images)
-
-    run.compiled, run.compiled_batch_size = compiled, 8
-    for images, px in ((8, 32), (5, 32), (8, 64)):
-        batch = torch.zeros((images, px, px, 3), dtype=torch.uint8)
-        trainer.train_step(run, batch, torch.zeros(images, dtype=torch.int64), 0.0)
-    assert seen == [(8, 3, 32, 32), (8, 3, 64, 64)]
-
-
 def test_compile_without_a_compiler_ends_with_one_line(
     settings: dict[str, object], tmp_path: Path
 ) -> None:
@@ -480,136 +355,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run(settings: dict[str, object]) 
     assert "--max-lr" in line
 
 
-def test_counts_are_those_of_a_plain_count() -> None:
-    torch.manual_seed(0)
-    totals = trainer.new_totals(torch.device("cpu"))
-    logits, labels = torch.randn(50, 12), torch.randint(0, 12, (50,))
-    for part in (slice(0, 32), slice(32, 50)):
-        loss = torch.nn.functional.cross_entropy(logits[part], labels[part])
-        trainer.add_to_totals(totals, loss, logits[part], labels[part])
-    ranks = [
-        sorted(range(12), key=lambda c, row=row: -row[c]).index(label)
-        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
-    ]
-    row = trainer.read_totals(totals, "val")
-    assert (row["val_correct1"], row["val_correct5"], row["val_images"]) == (
-        sum(rank == 0 for rank in ranks),
-        sum(rank < 5 for rank in ranks),
-        50,
-    )
-    whole = torch.nn.functional.cross_entropy(logits, labels).item()
-    assert math.isclose(row["val_loss"], whole, rel_tol=1e-6)
-
-
-def test_the_step_is_sgd_as_torch_has_it(settings: dict[str, object]) -> None:
-    """One train_step against the same step written out: loss, and every weight."""
-    # Residual branches that start at zero: else a fresh network doubles every rounding error.
-    config = Config(**{**settings, "weight_decay": 1.0, "zero_init_residual": True})
-    run = trainer.new_run(config, 3)
-    plain = trainer.new_run(config, 3).model.to(memory_format=torch.contiguous_format)
-    torch.manual_seed(1)
-    images = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8)
-    labels = torch.randint(0, 3, (16,))
-    run.model.train()
-    loss = trainer.train_step(run, images, labels, 0.1)
-
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    inputs = ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-    expected = torch.nn.functional.cross_entropy(plain.train()(inputs), labels)
-    expected.backward()
-    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
-    trained = dict(run.model.named_parameters())
-    for name, weight in plain.named_parameters():
-        change = -0.1 * (weight.grad + 1.0 * weight)  # momentum begins at the gradient itself
-        error = trained[name] - (weight + change)
-        # The longest sums, those of the first layers, keep two or three digits in fp32.
-        assert error.norm() <= 0.01 * change.norm() + 1e-7, name
-
-
-def test_smoothing_and_decay_are_as_written_out(settings: dict[str, object]) -> None:
-    """Label smoothing as a sum over soft targets; no decay on BatchNorm and biases."""
-    smooth = {"label_smoothing": 0.2, "decay_norm_and_bias": False, "weight_decay": 1.0}
-    config = Config(**{**settings, **smooth, "zero_init_residual": True})
-    run, plain = trainer.new_run(config, 3), trainer.new_run(config, 3).model
-    torch.manual_seed(1)
-    images = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8)
-    labels = torch.randint(0, 3, (16,))
-    run.model.train()
-    loss = trainer.train_step(run, images, labels, 0.1)
-
-    targets = torch.full((16, 3), 0.2 / 3)
-    targets[range(16), labels] += 0.8
-    logits = plain.train()(data.normalize(images))
-    expected = -(targets * logits.log_softmax(1)).sum() / 16
-    expected.backward()
-    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
-    trained = dict(run.model.named_parameters())
-    for name, weight in plain.named_parameters():
-        decay = 1.0 if name == "model.fc.weight" or weight.ndim == 4 else 0.0
-        change = -0.1 * (weight.grad + decay * weight)
-        error = trained[name] - (weight + change)
-        assert error.norm() <= 0.01 * change.norm() + 1e-7, name
-
-
-def test_the_average_is_the_one_written_out(settings: dict[str, object]) -> None:
-    """Weights and BatchNorm's statistics, in float64; it is what a run validates and keeps."""
-    config = Config(**{**settings, "average_steps": 1})
-    run = trainer.new_run(config, 3)
-    torch.manual_seed(1)
-    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
-    labels = torch.randint(0, 3, (8,))
-    expected = {name: value.double() for name, value in run.model.state_dict().items()}
-    for step in range(1, 13):
-        run.model.train()
-        trainer.train_step(run, images, labels, 0.01)
-        decay = min(0.5, (1 + step) / (10 + step))
-        for name, value in run.model.state_dict().items():
-            expected[name] = decay * expected[name] + (1 - decay) * value
-    assert decay == 0.5  # by now
-    for name, value in run.kept.state_dict().items():
-        if value.is_floating_point():
-            assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name
-
-    train({**settings, "average_steps": 2})
-    state = checkpoint.load_latest(run_folder(settings) / "checkpoints")
-    kept = torch.load(run_folder(settings) / "last.pt")
-    for name, value in state["average"].items():
-        assert torch.equal(kept[name], value), name
-    assert not torch.equal(kept["fc.weight"], state["model"]["fc.weight"])
-
-
-def test_precision_and_device_are_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert trainer.choose_precision(Config(precision="fp32"), cpu) == "fp32"
-    assert trainer.choose_precision(Config(), torch.device("cuda")) == "fp16"
-    with pytest.raises(UserError, match="fp16, which needs a GPU"):
-        trainer.choose_precision(Config(precision="fp16"), cpu)
-    for flags, expected in (("flags: sse avx512_bf16", "bf16"), ("flags: sse avx2", "fp32")):
-        monkeypatch.setattr(Path, "read_text", lambda _, flags=flags: flags)
-        assert trainer.choose_precision(Config(), cpu) == expected
-
-
-def test_a_run_begun_on_a_gpu_goes_on_without_loss_scaling(settings: dict[str, object]) -> None:
-    run = trainer.new_run(Config(**settings), 3)
-    state = run.state()
-    state["scaler"] = torch.amp.GradScaler("cpu", enabled=True).state_dict()
-    run.load(state)
-    assert run.state()["scaler"] == {}
-    scaled = dataclasses.replace(run, scaler=torch.amp.GradScaler("cpu", enabled=True))
-    scaled.load(run.state())  # and the other way round
-
-
 def test_a_steps_memory_serves_the_next_one() -> None:
     """Page faults of a large tensor, made ten times over: once for all instead of every time."""
     program = """if True:
-        import resource, torch, trainer
+        import resource, torch, utils
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(10):
                 torch.ones(2**24)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         usual = faults()
-        trainer.keep_freed_memory()
+        utils.keep_freed_memory()
         print(usual, faults())
     """
     done = subprocess.run(

@@ -24,8 +24,8 @@ from test_trainer import (  # noqa: F401 (fixtures are among them)
 )
 
 import checkpoint
+import engine
 import sessions
-import trainer
 import utils
 from utils import Config, UserError
 
@@ -35,7 +35,7 @@ Settings = dict[str, object]
 def train_with(fault: str, settings: Settings, *options: str) -> subprocess.CompletedProcess:
     """The trainer in a process of its own, into which some lines of Python put a fault first."""
     lines = (
-        "import sys, time, torch, data, trainer, utils",
+        "import sys, time, torch, data, engine, trainer, utils",
         fault,
         "utils.run_stage(trainer.main)",
     )
@@ -106,9 +106,9 @@ def test_a_nan_stops_at_its_step_and_the_same_command_goes_on_from_before_it(
     assert outcome(settings) == outcome(one_epoch)
 
 
-def scaled_run(settings: Settings, scale: float) -> tuple[trainer.Run, torch.Tensor, torch.Tensor]:
+def scaled_run(settings: Settings, scale: float) -> tuple[engine.Run, torch.Tensor, torch.Tensor]:
     """A run with loss scaling, which a CPU has too, and a batch."""
-    run = trainer.new_run(Config(**settings), 3)
+    run = engine.new_run(Config(**settings), 3)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     run.model.train()
     generator = torch.Generator().manual_seed(0)
@@ -120,37 +120,37 @@ def test_skipped_steps_are_counted_and_a_few_are_allowed(settings: Settings) -> 
     run, batch, labels = scaled_run(settings, scale=2.0**127)
     in_a_row = []
     while not in_a_row or in_a_row[-1]:  # gradients overflow float32 until the scale fits
-        trainer.train_step(run, batch, labels, 1e-3)
-        trainer.refuse_trouble(run, trainer.trouble_seen(run))
-        in_a_row.append(trainer.trouble_seen(run)[1])
-        assert len(in_a_row) < trainer.SKIPS_ALLOWED
+        engine.train_step(run, batch, labels, 1e-3)
+        engine.refuse_trouble(run, engine.trouble_seen(run))
+        in_a_row.append(engine.trouble_seen(run)[1])
+        assert len(in_a_row) < engine.SKIPS_ALLOWED
     assert in_a_row == [*range(1, len(in_a_row)), 0]
     assert len(in_a_row) > 1
-    assert trainer.trouble_seen(run) == [len(in_a_row) - 1, 0, 0]
+    assert engine.trouble_seen(run) == [len(in_a_row) - 1, 0, 0]
 
 
 def test_steps_skipped_one_after_another_end_the_run(settings: Settings) -> None:
     run, batch, labels = scaled_run(settings, scale=2.0**16)
     before = run.model.model.fc.weight.detach().clone()
     run.model.model.fc.weight.register_hook(lambda gradient: gradient * float("nan"))
-    for _ in range(trainer.SKIPS_ALLOWED - 1):
-        assert trainer.train_step(run, batch, labels, 1e-3).isfinite()
-        trainer.refuse_trouble(run, trainer.trouble_seen(run))
-    trainer.train_step(run, batch, labels, 1e-3)
+    for _ in range(engine.SKIPS_ALLOWED - 1):
+        assert engine.train_step(run, batch, labels, 1e-3).isfinite()
+        engine.refuse_trouble(run, engine.trouble_seen(run))
+    engine.train_step(run, batch, labels, 1e-3)
     with pytest.raises(UserError, match="skipped 10 steps in a row by step 10, in epoch 1"):
-        trainer.refuse_trouble(run, trainer.trouble_seen(run))
+        engine.refuse_trouble(run, engine.trouble_seen(run))
     assert torch.equal(run.model.model.fc.weight, before)  # as a skipped step leaves it
 
 
 def test_a_row_of_skipped_steps_is_counted_beyond_an_epoch(settings: Settings) -> None:
     fault = """
-new_run = trainer.new_run
+new_run = engine.new_run
 def scaled(*arguments):
     run = new_run(*arguments)
     run.scaler = torch.amp.GradScaler("cpu")
     run.model.model.fc.weight.register_hook(lambda gradient: gradient * float("nan"))
     return run
-trainer.new_run = scaled
+engine.new_run = scaled
 """
     line = error_line(train_with(fault, {**settings, "epochs": 20}), 1)  # of three steps each
     assert "skipped 10 steps in a row by step 10, in epoch 4" in line
@@ -191,7 +191,7 @@ def test_any_other_setting_may_change(name: str) -> None:
 
 # As on a GPU with memory for 100 images of training, or for 5 of validation.
 SMALL_GPU = """
-train_step, evaluate = trainer.train_step, trainer.evaluate
+train_step, evaluate = engine.train_step, engine.evaluate
 def small_step(run, images, *arguments):
     if len(images) > 100:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -203,7 +203,7 @@ def small_evaluate(model, batches, *arguments):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             yield images, labels
     return evaluate(model, checked(), *arguments)
-trainer.train_step, trainer.evaluate = small_step, small_evaluate
+engine.train_step, engine.evaluate = small_step, small_evaluate
 """
 
 

@@ -115,8 +115,10 @@ class Subject(NamedTuple):
 
 def find_run(options: EvaluationOptions) -> Path | None:
     """The run's folder; None where none is named and --model lies in no run's."""
-    if options.model is not None and not options.model.is_file():
-        raise UserError(f"no file {options.model}: --model takes a file")
+    if options.model is not None:
+        if not options.model.is_file():
+            raise UserError(f"no file {options.model}: --model takes a file")
+        evaluated_model.kind_of(options.model)  # refuses what is no model
     if options.name:
         return run_folder(options.runs_folder, options.name)
     if options.model is not None:

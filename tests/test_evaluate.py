@@ -527,7 +527,7 @@ def broken(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         file.writestr("letters.txt", "no weights")
     (folder / "runs/cut/model.h5").write_bytes(b"x")
     (folder / "lonely.pt").symlink_to(runs / "tiny/best.pt")
-    for name in ("model.onnx", "lonely.pt2"):
+    for name in ("model.onnx", "lonely.pt2", "lonely.h5"):
         (folder / name).write_bytes(b"x")
     (folder / "foreign/kind_a").mkdir(parents=True)
     (folder / "foreign/kind_x").mkdir()
@@ -556,6 +556,7 @@ TINY = ("--runs-folder", "{runs}")
         (("--model", "runs/cut/pickle.pt"), "pickle.pt is damaged"),
         (("--model", "runs/cut/letters.pt"), "letters.pt has not the weights of a ResNet-50"),
         (("--model", "runs/cut/model.h5"), "model.h5 is none of .pt, .onnx and .pt2"),
+        (("--model", "lonely.h5"), "lonely.h5 is none of .pt, .onnx and .pt2"),
         (("--model", "runs/cut/none.pt"), "no file runs/cut/none.pt: --model takes a file"),
         (("--model", "runs/cut"), "no file runs/cut: --model takes a file"),
         (("--model", "lonely.pt"), "lonely.pt belongs to no run: name a folder with --output"),

@@ -76,10 +76,6 @@ class TrainerOptions:
     and an estimate of time, memory and price; exit code 2 if there is a problem"""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and the step under way has ended."""
-
-
 # ------------------------------------------------------------------------------ an epoch
 
 
@@ -431,6 +427,71 @@ def say_interrupted(
     return EXIT_INTERRUPTED
 
 
+# ------------------------------------------------------------------------------ saving and stopping
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and the step under way has ended."""
+
+
+class Keeper:
+    """Saves a run when that is due or asked for, and stops it when it has to end."""
+
+    def __init__(
+        self,
+        run: engine.Run,
+        config: Config,
+        identity: dict[str, Any],
+        requests: interruption.Requests,
+        session: sessions.Session,
+        saver: checkpoint.BackgroundSaver,
+    ) -> None:
+        """`identity`: what a checkpoint holds beside the run's state, the same in each."""
+        self.run, self.config, self.identity = run, config, identity
+        self.requests, self.session, self.saver = requests, session, saver
+        self.saved_step, self.saved_at = run.step, time.monotonic()
+
+    def save(self) -> None:
+        """Hand the state as it is now to the background saver."""
+        run = self.run
+        state = run.state()
+        # What a GPU has counted but not yet told; the copies of the state wait for it too.
+        engine.refuse_trouble(run, state["totals"]["trouble"].tolist())
+        self.session.beat(run.step, len(run.history), now=True)
+        self.saver.save({**state, **self.identity})
+        self.saved_step, self.saved_at = run.step, time.monotonic()
+
+    def heed(self, failure: Exception | None) -> None:
+        """Raise what some process ran into; stop or save, as asked or due: all at the same step."""
+        run, config, requests = self.run, self.config, self.requests
+        try:
+            self.saver.check()
+            engine.refuse_trouble(run, engine.trouble_seen(run))
+        except (UserError, OSError) as error:
+            failure = failure or error
+        run.spent_usd = self.session.beat(run.step, len(run.history)) or 0.0
+        over_budget = 0 < config.budget_usd <= run.spent_usd
+        seconds = time.monotonic() - self.saved_at
+        due = run.step > self.saved_step and seconds >= 60 * config.checkpoint_minutes
+        failed, stop, over_budget, asked, due = distributed.any_of(
+            failure is not None, requests.stop, over_budget, requests.save, due
+        )
+        if failed:
+            distributed.raise_in_all(failure)
+        requests.stop |= stop
+        if stop or over_budget:
+            raise Interrupted
+        if asked:
+            requests.save = False  # before saving: a request that comes meanwhile is another one
+            started = time.monotonic()
+            self.save()
+            self.saver.wait()
+            seconds = time.monotonic() - started
+            log.info("saved after step %d, as asked, in %.1f s", run.step, seconds)
+        elif due:
+            self.save()
+
+
 # ------------------------------------------------------------------------------ the stage
 
 
@@ -504,45 +565,7 @@ def main() -> None:
     copies.copy()  # what the last start did not come to copy
     saver = in_main(checkpoint.BackgroundSaver, folder / "checkpoints", copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
-    saved_step, saved_at = run.step, time.monotonic()
-
-    def save() -> None:
-        nonlocal saved_step, saved_at
-        state = run.state()
-        # What a GPU has counted but not yet told; the copies of the state wait for it too.
-        engine.refuse_trouble(run, state["totals"]["trouble"].tolist())
-        session.beat(run.step, len(run.history), now=True)
-        saver.save({**state, **identity})
-        saved_step, saved_at = run.step, time.monotonic()
-
-    def heed(failure: Exception | None) -> None:
-        """Raise what some process ran into; stop or save, as asked or due: all at the same step."""
-        try:
-            saver.check()
-            engine.refuse_trouble(run, engine.trouble_seen(run))
-        except (UserError, OSError) as error:
-            failure = failure or error
-        run.spent_usd = session.beat(run.step, len(run.history)) or 0.0
-        over_budget = 0 < config.budget_usd <= run.spent_usd
-        seconds = time.monotonic() - saved_at
-        due = run.step > saved_step and seconds >= 60 * config.checkpoint_minutes
-        failed, stop, over_budget, asked, due = distributed.any_of(
-            failure is not None, requests.stop, over_budget, requests.save, due
-        )
-        if failed:
-            distributed.raise_in_all(failure)
-        requests.stop |= stop
-        if stop or over_budget:
-            raise Interrupted
-        if asked:
-            requests.save = False  # before saving: a request that comes meanwhile is another one
-            started = time.monotonic()
-            save()
-            saver.wait()
-            seconds = time.monotonic() - started
-            log.info("saved after step %d, as asked, in %.1f s", run.step, seconds)
-        elif due:
-            save()
+    keeper = Keeper(run, config, identity, requests, session, saver)
 
     requests.nothing_to_save = False
     short_of_memory = False
@@ -554,19 +577,19 @@ def main() -> None:
         at_end.callback(session.end)
         at_end.callback(saver.wait)
         try:
-            train_epochs(run, config, folder, train_set, val_set, save, heed)
+            train_epochs(run, config, folder, train_set, val_set, keeper.save, keeper.heed)
             run.model.eval()
-            report(run, config, folder, val_set, heed)
+            report(run, config, folder, val_set, keeper.heed)
             last_copies_s = mirror.FINISHED_S
             session.ending = sessions.FINISHED
         except Interrupted:
-            save()
+            keeper.save()
             saver.wait()
             last_copies_s = mirror.INTERRUPTED_S if requests.stop else mirror.FINISHED_S
             exit_code = say_interrupted(run, config, requests, session)
         except UserError as error:
             if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended
-                save()
+                keeper.save()
             raise
         except RuntimeError as error:
             distributed.refuse_lost(error)
@@ -575,7 +598,7 @@ def main() -> None:
                 raise
             short_of_memory = True
             if not run.model.training:  # in validation; a step broken off would be half done
-                save()
+                keeper.save()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
         setting = "micro_batch_size" if config.micro_batch_size else "batch_size"
         setting = setting if run.model.training else "val_batch_size"

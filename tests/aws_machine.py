@@ -196,7 +196,6 @@ class Machines:
 
     def _boot(self, instance_id: str, address: str, has_local_disk: bool) -> None:
         here = self.folder_of(instance_id)
-        (here / "address").write_text(address)
         names = self.folder / "addresses"
         names.mkdir(exist_ok=True)
         # Only where it changed: a connection that is just being made must find the name.

@@ -383,6 +383,21 @@ def _recipe_named(arguments: list[str]) -> str:
     return "reference"
 
 
+def as_arguments(config: Config) -> list[str]:
+    """The arguments that give a stage these settings: the recipe, and what differs from it."""
+    default = RECIPES[config.recipe].config
+    arguments = [f"--recipe={config.recipe}"]
+    for field in dataclasses.fields(Config):
+        value, option = getattr(config, field.name), field.name.replace("_", "-")
+        if value == getattr(default, field.name):
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments.append(f"--{option}={value}")
+    return arguments
+
+
 def _one_line(box: str) -> str:
     """tyro's framed complaint without the frame, up to the first rule below the message."""
     # The frame is in ASCII, with a rule below the title, where the output is not in UTF-8.

@@ -24,8 +24,10 @@ import data
 import image_files
 import trainer
 from utils import (
+    Config,
     ConfigOptions,
     UserError,
+    as_arguments,
     describe_computer,
     keep_freed_memory,
     log,
@@ -80,26 +82,13 @@ def main() -> None:
             rate = load(way, options)
             if number:  # the first round fills the page cache
                 rates[way].append(rate)
-    settings = dataclasses.asdict(config)
-    changed = {
-        name: value
-        for name, value in settings.items()
-        if value != getattr(type(config)(), name) and name not in ("name", "seed")
-    }
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in range(options.seeds):
         for way in WAYS:
             name = f"{config.name}_{way}_{seed}"
-            arguments = [
-                f"--{'' if value else 'no-'}{key}"
-                if isinstance(value, bool)
-                else f"--{key}={value}"
-                for key, value in changed.items()
-            ]
-            process = context.Process(
-                target=train, args=(way, [*arguments, f"--name={name}", f"--seed={seed}"])
-            )
+            arguments = as_arguments(dataclasses.replace(config, name=name, seed=seed))
+            process = context.Process(target=train, args=(way, arguments))
             process.start()
             process.join()
             if process.exitcode:
@@ -118,7 +107,9 @@ def main() -> None:
             options.output,
             {
                 "settings": {
-                    name: value for name, value in changed.items() if "folder" not in name
+                    name: value
+                    for name, value in dataclasses.asdict(config).items()
+                    if "folder" not in name and value != getattr(Config(), name)
                 },
                 "results": found,
                 "loader_img_per_s": rates,

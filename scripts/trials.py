@@ -40,6 +40,7 @@ from utils import (
     RECIPES,
     Config,
     UserError,
+    as_arguments,
     check_config,
     format_duration,
     parse_options,
@@ -132,16 +133,7 @@ def train(config: Config) -> tuple[int, bool]:
 
     Its output goes to the run's own train.log and the screen.
     """
-    default = RECIPES[config.recipe].config
-    command = [sys.executable, str(TRAINER), "--recipe", config.recipe]
-    for field in dataclasses.fields(Config):
-        value, option = getattr(config, field.name), field.name.replace("_", "-")
-        if value == getattr(default, field.name) or field.name == "recipe":
-            continue
-        if isinstance(value, bool):
-            command.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            command += [f"--{option}", str(value)]
+    command = [sys.executable, str(TRAINER), *as_arguments(config)]
     is_asked = False
 
     def pass_on(*_: object) -> None:

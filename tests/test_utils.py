@@ -187,6 +187,26 @@ def test_a_recipe_sets_the_defaults(monkeypatch: pytest.MonkeyPatch, arguments: 
     assert config == dataclasses.replace(RECIPES["quickstart"].config, max_lr=0.25)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_settings_as_arguments_are_read_as_the_same(
+    monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    config = RECIPES[recipe].config
+    assert utils.as_arguments(config) == [f"--recipe={recipe}"]
+    changed = dataclasses.replace(
+        config,
+        name="-x y",
+        max_lr=1e-7,
+        flip=not config.flip,
+        train_px=config.train_px + 32,
+        first_train_px=0,
+        label_smoothing=0.3,
+        anneal_strategy="linear",
+    )
+    for settings in (config, changed):
+        assert parse(monkeypatch, *utils.as_arguments(settings)) == settings
+
+
 def test_help_names_every_setting_and_says_what_it_is() -> None:
     answer = subprocess.run(
         [sys.executable, "trainer.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True

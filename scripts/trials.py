@@ -228,6 +228,7 @@ def top1(line: dict[str, Any]) -> float:
 
 def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
     """Standard deviation within the groups, all taken together, and its degrees of freedom."""
+    groups = [group for group in groups if group]
     squares = sum(sum((x - statistics.fmean(group)) ** 2 for x in group) for group in groups)
     freedom = sum(len(group) - 1 for group in groups)
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
@@ -240,8 +241,6 @@ def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
         for name in names
     }
     results = {name: [top1(line) for line in runs] for name, runs in finished.items()}
-    deviation, freedom = pooled_deviation([group for group in results.values() if group])
-    reach = stats.t.ppf(0.975, freedom) * deviation if freedom else math.nan
     base = next((name for name in names if results[name]), None)
     parts = [
         f"# {title}",
@@ -261,9 +260,13 @@ def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
         against = ""
         if name != base and base is not None:
             against = f"{mean - statistics.fmean(results[base]):+.2f}"
+            # Other variants' seeds may part by more, or by less: they stand in only where needed.
+            pair = [group, results[base]]
+            own = min(map(len, pair)) > 1
+            deviation, freedom = pooled_deviation(pair if own else [*results.values()])
             if freedom:
-                width = reach * math.sqrt(1 / len(group) + 1 / len(results[base]))
-                against += f" ± {width:.2f}"
+                reach = stats.t.ppf(0.975, freedom) * deviation
+                against += f" ± {reach * math.sqrt(sum(1 / len(one) for one in pair)):.2f}"
         seconds = statistics.fmean(line["train_s"] for line in runs)
         rate = sum(line["train_images"] for line in runs) / sum(line["train_s"] for line in runs)
         epochs = "/".join(sorted({str(line["epochs"]) for line in runs}))
@@ -273,7 +276,7 @@ def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
             + f" | {', '.join(f'{value:.2f}' for value in group)} | {against} | {epochs} "
             f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs, lines)} |"
         )
-    parts += ["", _statement(results, deviation, freedom, lines), ""]
+    parts += ["", _statement(results, lines), ""]
     return "\n".join(parts)
 
 
@@ -292,10 +295,9 @@ def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str
     )
 
 
-def _statement(
-    results: dict[str, list[float]], deviation: float, freedom: int, lines: list[dict[str, Any]]
-) -> str:
+def _statement(results: dict[str, list[float]], lines: list[dict[str, Any]]) -> str:
     """What the spread can tell apart, and what the number of validation images adds."""
+    deviation, freedom = pooled_deviation([*results.values()])
     images = next((line["images"] for line in lines if "images" in line), 0)
     finished = [value for group in results.values() for value in group]
     if not finished:
@@ -314,7 +316,9 @@ def _statement(
         f"Seeds part by {deviation:.2f} points (standard deviation within variants, {freedom} "
         f"degree{'s' * (freedom > 1)} of freedom). Between variants of {fewest} "
         f"run{'s' * (fewest > 1)} each, differences below {least:.2f} points cannot be told from "
-        f"chance (95 %, one comparison at a time). {text}"
+        "chance (95 %, one comparison at a time). The interval beside a difference is that of the "
+        "two variants' own spread, where each has two runs or more, else of that of all. "
+        f"{text}"
     )
 
 

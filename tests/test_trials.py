@@ -195,27 +195,31 @@ def a_line(variant: str, correct1: int, **settings: float) -> dict:
 
 
 def test_the_tables_figures_are_those_of_scipy() -> None:
-    results = {"a": [700, 720, 716], "b": [750, 744, 760]}
+    results = {"a": [700, 720, 716], "b": [750, 744, 760], "wild": [300, 900], "single": [800]}
     lines = [
         a_line(name, correct, **({"max_lr": 0.1} if name == "b" else {}))
         for name, group in results.items()
         for correct in group
     ]
-    text = trials.table("Title", ["a", "b", "c"], lines)
-    a, b = (np.array(group) / 10 for group in results.values())
-    interval = stats.ttest_ind(b, a).confidence_interval(0.95)
-    width = (interval.high - interval.low) / 2
-    assert f"| {b.mean() - a.mean():+.2f} ± {width:.2f} |" in text
+    text = trials.table("Title", ["a", "b", "wild", "single", "c"], lines)
+    a, b, wild, single = (np.array(group) / 10 for group in results.values())
+    for other in (b, wild):  # each by its own spread and that of a
+        interval = stats.ttest_ind(other, a).confidence_interval(0.95)
+        width = (interval.high - interval.low) / 2
+        assert f"| {other.mean() - a.mean():+.2f} ± {width:.2f} |" in text
     assert (
         f"| a | {a.mean():.2f} % ± {a.std(ddof=1):.2f} | 3 | 70.00, 72.00, 71.60 |  | 5 |" in text
     )
     assert "| 50 s | 100 | max_lr 0.1 |" in text
     assert "| c | none finished, 0 failed | 0 |" in text
-    deviation = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
-    least = stats.t.ppf(0.975, 4) * deviation * math.sqrt(2 / 3)
+    # All together: the degrees of freedom are 2, 2, 1 and 0.
+    deviation = math.sqrt((2 * a.var(ddof=1) + 2 * b.var(ddof=1) + wild.var(ddof=1)) / 5)
+    reach = stats.t.ppf(0.975, 5) * deviation
+    assert f"| {single[0] - a.mean():+.2f} ± {reach * math.sqrt(1 / 3 + 1):.2f} |" in text
+    least = reach * math.sqrt(2)  # of single runs
     assert f"Seeds part by {deviation:.2f} points" in text
     assert f"differences below {least:.2f} points cannot be told from chance" in text
-    share = statistics.fmean([*a, *b]) / 100
+    share = statistics.fmean([*a, *b, *wild, *single]) / 100
     assert f"uncertain by {100 * math.sqrt(share * (1 - share) / 1000):.2f} points" in text
 
 

@@ -49,6 +49,8 @@ FLOP_PER_IMAGE = 24.7e9  # of training at 224 px: three times 4.1 G multiply-add
 FLOP_PER_MUON_STEP = 245e9
 # A validation image needs the forward pass alone: a third of the arithmetic.
 VAL_SHARE = 1 / 3
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PLAIN, AUGMENTED = "ours, store", "ours as accurate, store"  # scripts/benchmark_data.py's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +64,10 @@ class EstimateOptions:
     """accuracies that the recipes are to reach, ImageNet top-1 in percent"""
     step_benchmark: Path | None = None
     """what scripts/benchmark_step.py has written on a GPU, to take in place of gpu_img_per_s"""
-    data_benchmark: Path = Path(__file__).parent.parent / "benchmarks" / "data.json"
+    data_benchmark: Path = BENCHMARKS / "data.json"
     """what scripts/benchmark_data.py has written"""
+    augmented_data_benchmark: Path = BENCHMARKS / "data_augmented.json"
+    """the same, for the share of a core's rate that TrivialAugment leaves"""
     gpu_img_per_s: float = 810.0
     """training images a second of the GPU at 224 px; 810: an A10G with channels_last and fp16, over
     170 epochs (Sagar063/week9_ERAV4_ImageNet_ResNet-50_Model_Experiments, train_log.csv)"""
@@ -78,21 +82,25 @@ class Rates(NamedTuple):
 
     gpu: dict[int, float]
     core: dict[int, float]
+    core_augmented: dict[int, float]  # with TrivialAugment
 
 
-def core_rates(path: Path) -> dict[int, float]:
-    """Images a second that one core prepares from a store, for each measured size in pixels."""
+def of_one_core(path: Path, kind: str, name: str) -> dict[int, float]:
+    """What scripts/benchmark_data.py measured on one core, for each size in pixels.
+
+    `kind` is img_per_s, of a pipeline, or ratios, of two of them.
+    """
     record = read_json(path)
     if record is None:
         raise UserError(f"no {path}: run scripts/benchmark_data.py with --output {path}")
-    rates = {
-        row["px"]: row["img_per_s"]["ours, store"]["median"]
+    found = {
+        row["px"]: row[kind][name]["median"]
         for row in record["results"]
-        if row["cores"] == 1
+        if row["cores"] == 1 and name in row[kind]
     }
-    if not rates:
-        raise UserError(f"{path} has no rate of one core: measure with --cores 1")
-    return rates
+    if not found:
+        raise UserError(f"{path} has not {name!r} on one core: measure that with --cores 1")
+    return found
 
 
 def core_rate(rates: dict[int, float], px: int) -> float:
@@ -123,13 +131,14 @@ def gpu_rate(rates: dict[int, float], px: int) -> float:
 
 def hours(config: Config, rates: Rates, cores: float) -> tuple[float, float]:
     """Hours of the run, and the share of the training time in which the cores are the slower."""
+    core = rates.core_augmented if config.trivial_augment else rates.core
     train_s = waiting_s = 0.0
     for epoch in range(config.epochs):
         px = train_px(config, epoch)
         gpu_s = TRAIN_IMAGES / gpu_rate(rates.gpu, px)
         if config.optimizer == "muon":
             gpu_s *= 1 + FLOP_PER_MUON_STEP / (config.batch_size * FLOP_PER_IMAGE * (px / 224) ** 2)
-        cores_s = TRAIN_IMAGES / (cores * core_rate(rates.core, px))
+        cores_s = TRAIN_IMAGES / (cores * core_rate(core, px))
         train_s += max(gpu_s, cores_s)
         waiting_s += max(gpu_s, cores_s) * (cores_s > gpu_s)
     val_s = VAL_IMAGES / gpu_rate(rates.gpu, config.val_px) * VAL_SHARE * config.epochs
@@ -205,13 +214,17 @@ def main() -> None:
     for name in ("gpu_img_per_s", "core_per_vcpu", "spot_share"):
         if not getattr(options, name) > 0:
             raise UserError(f"{name} is {getattr(options, name)}: it must be above 0")
-    rates = Rates(gpu_rates(options), core_rates(options.data_benchmark))
-    measured, sizes = (
+    core = of_one_core(options.data_benchmark, "img_per_s", PLAIN)
+    shares = of_one_core(options.augmented_data_benchmark, "ratios", f"{AUGMENTED} / {PLAIN}")
+    augmented = {px: share * core_rate(core, px) for px, share in shares.items()}
+    rates = Rates(gpu_rates(options), core, augmented)
+    gpu, plain, augmented = (
         ", ".join(f"{rate:,.0f} img/s at {px} px" for px, rate in of.items()) for of in rates
     )
     print(
-        f"ESTIMATE, not a measurement: GPU {measured}, scaled by the pixels; a vCPU "
-        f"counts as {options.core_per_vcpu:g} cores, of which each prepares {sizes}"
+        f"ESTIMATE, not a measurement: GPU {gpu}, scaled by the pixels; a vCPU "
+        f"counts as {options.core_per_vcpu:g} cores, of which each prepares {plain}, and with "
+        f"TrivialAugment {augmented}"
     )
     tell_lengths(options, rates)
     tell_accuracies(options, rates)

@@ -24,12 +24,26 @@ BENCHMARK = {
         for cores in (1, 2)
     ]
 }
+# A quarter of that with TrivialAugment, on a slower machine.
+AUGMENTED = {
+    "results": [
+        {
+            "px": px,
+            "cores": 1,
+            "ratios": {"ours as accurate, store / ours, store": {"median": 0.25}},
+        }
+        for px in (224, 128)
+    ]
+}
 
 
 def estimate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = folder / "data.json"
-    path.write_text(json.dumps(BENCHMARK))
-    command = [sys.executable, "scripts/estimate_cost.py", "--data-benchmark", str(path)]
+    files = {"--data-benchmark": BENCHMARK, "--augmented-data-benchmark": AUGMENTED}
+    command = [sys.executable, "scripts/estimate_cost.py"]
+    for option, record in files.items():
+        path = folder / f"{option.removeprefix('--')}.json"
+        path.write_text(json.dumps(record))
+        command += [option, str(path)]
     return subprocess.run(
         [*command, *arguments],
         cwd=REPOSITORY,
@@ -67,6 +81,17 @@ def test_too_few_cores_set_the_hours(tmp_path: Path) -> None:
     smallest, _, largest = rows(answer.stdout)[:3]
     assert smallest[3:5] == [f"{hours:.1f}", f"${hours * 1.006:.2f}"]
     assert smallest[-1] == "CPU in 100 % of the time" and largest[-1] == "GPU"
+
+
+def test_trivial_augment_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    options = ("--gpu-img-per-s", "16000", "--epochs-to-show", "10", "--train-px", "128")
+    plain, augmented = (
+        rows(estimate(tmp_path, *options, *more).stdout)[0] for more in ((), ("--trivial-augment",))
+    )
+    val_h = 10 * 50_000 / 3 / 16000 / 3600
+    assert plain[3] == f"{10 * 1_281_167 / 8000 / 3600 + val_h:.1f}"  # two cores of 4,000
+    assert augmented[3] == f"{10 * 1_281_167 / 2000 / 3600 + val_h:.1f}"  # a quarter of that
+    assert augmented[-1] == "CPU in 100 % of the time"
 
 
 def test_smaller_crops_cost_less(tmp_path: Path) -> None:
@@ -133,7 +158,11 @@ def test_a_gpus_measured_rates_take_the_place_of_the_published_one(tmp_path: Pat
     ("arguments", "complaint"),
     [
         (("--data-benchmark", "missing.json"), "no missing.json: run scripts/benchmark_data.py"),
-        (("--step-benchmark", "data.json"), "data.json is not what scripts/benchmark_step.py"),
+        (
+            ("--augmented-data-benchmark", "benchmarks/data.json"),
+            "benchmarks/data.json has not 'ours as accurate, store / ours, store' on one core",
+        ),
+        (("--step-benchmark", "none.json"), "none.json is not what scripts/benchmark_step.py"),
         (("--gpu-img-per-s", "0"), "gpu_img_per_s is 0.0: it must be above 0"),
         (("--epochs-to-show", "0"), "epochs is 0: it must be above 0"),
     ],
@@ -155,7 +184,9 @@ def test_the_committed_measurement_gives_the_readme_table() -> None:
         capture_output=True,
         text=True,
     )
+    assert answer.returncode == 0, answer.stderr
     readme = (REPOSITORY / "README.md").read_text()
+    assert len(rows(answer.stdout)) == 18 and len(accuracy_rows(answer.stdout)) == 6
     for crops, epochs, instance, hours, spot, *_ in rows(answer.stdout):
         if instance == "g5.xlarge":
             first = crops if epochs == "24" else ""

@@ -50,7 +50,7 @@ def run_stage_command(
     *arguments: object,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = 120,
     from_nothing: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage in a process of its own: run_stage_command("trainer.py", "--epochs", 1).

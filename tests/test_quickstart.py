@@ -27,7 +27,7 @@ def quickstart(checkout: Path) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1500,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -106,7 +106,7 @@ def check_the_app_reads_digits_and_refuses_what_is_none(
         assert examples.count() == 6
 
 
-@pytest.mark.timeout(1700)
+@pytest.mark.timeout(1200)
 def test_the_whole_path(checkout: Path, browser: Browser, tmp_path: Path) -> None:
     """One test, since one run takes minutes."""
     check_result_and_files(checkout)

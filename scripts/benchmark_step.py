@@ -17,6 +17,7 @@ Prints what it finds, size by size; --output takes a JSON file with hardware and
 
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import itertools
@@ -80,7 +81,9 @@ class BenchmarkOptions:
     workers: int = Config.workers
     """threads that decode images"""
     loss_curve: int = 0
-    """steps of both from the same weights on the same pictures, of the folder, at the last size"""
+    """steps of both on the same pictures, of the folder, at the last size"""
+    curves: int = 4
+    """loss curves of each, from weights 0.1 % apart"""
     output: Path | None = None
     """JSON file to write"""
 
@@ -269,55 +272,84 @@ def whole_batches(config: Config, device: torch.device) -> Iterator[data.Batch]:
             yield batch
 
 
-def loss_curves(px: int, steps: int, config: Config) -> dict[str, Any]:
-    """Ours and the reference on the same pictures, and how far they part.
+def loss_curves(px: int, options: BenchmarkOptions, config: Config) -> dict[str, Any]:
+    """Ours and the reference, several times each on the same pictures, and how far they part.
 
-    The measure of what is noise is a second reference, each of whose weights begins 0.1 % off: a
-    change far below what anyone would call another start.
+    The first of each begin from the same weights, the others each from weights that are 0.1 % off
+    those: a change far below what anyone would call another start. Where the two steps train alike,
+    it says nothing of a curve whose it is, and the mean curves of ours and of the reference lie no
+    further apart than those of other halves of all curves.
     """
     classes = len(image_files.open_image_set(config.train_folder_name, "train").classes)
     run = engine.new_run(config, classes)
     run.model.train()
-    references = [Reference(classes, run.device, run.precision) for _ in range(2)]
-    for reference in references:
-        reference.model.load_state_dict(run.model.model.state_dict())
-    with torch.no_grad():
-        for weight in references[1].model.parameters():
-            weight.mul_(1 + 1e-3 * torch.randn_like(weight))
+    start = copy.deepcopy(run.state())
+    steps, window = options.loss_curve, min(SMOOTHED_STEPS, options.loss_curve)
     # The recipe's learning rate for this batch size, through a whole OneCycle.
     schedule = Config(epochs=1, max_lr=Config.max_lr * config.batch_size / Config.batch_size)
-    losses: dict[str, list[torch.Tensor]] = {"ours": [], "reference": [], "noise": []}
-    pictures = whole_batches(
-        dataclasses.replace(config, train_px=px, first_train_px=0), torch.device("cpu")
-    )
-    with contextlib.closing(pictures) as batches:
-        for step, (images, labels) in enumerate(itertools.islice(batches, steps)):
-            rate, floats = learning_rate(schedule, step, steps), as_floats(images)
-            on_device = images.to(run.device), labels.to(run.device)
-            losses["ours"].append(engine.train_step(run, *on_device, rate))
-            for name, reference in zip(("reference", "noise"), references, strict=True):
-                losses[name].append(reference(floats, labels, rate))
-    curves = {name: torch.stack(values).float().cpu() for name, values in losses.items()}
-    window = min(SMOOTHED_STEPS, steps)
-    smoothed = {name: values.unfold(0, window, 1).mean(1) for name, values in curves.items()}
+    seeds = itertools.count(1)
 
-    def apart(name: str) -> dict[str, float]:
-        difference = (smoothed[name] - smoothed["reference"]).abs()
-        return {
-            "largest": round(difference.max().item(), 4),
-            "mean": round(difference.mean().item(), 4),
-        }
+    def curve(step: Step, model: torch.nn.Module, plain: bool, moved: bool) -> list[float]:
+        if moved:
+            move_weights(model, next(seeds))
+        losses = []
+        real = whole_batches(dataclasses.replace(config, train_px=px), torch.device("cpu"))
+        with contextlib.closing(real) as batches:
+            for number, (images, labels) in enumerate(itertools.islice(batches, steps)):
+                pictures = as_floats(images) if plain else images.to(run.device)
+                rate = learning_rate(schedule, number, steps)
+                losses.append(step(pictures, labels.to(run.device), rate))
+        return [round(loss.item(), 4) for loss in losses]
 
+    losses: dict[str, list[list[float]]] = {"ours": [], "reference": []}
+    for number in range(options.curves):
+        run.load(start)
+        losses["ours"].append(curve(ours(run), run.model.model, False, number > 0))
+        reference = Reference(classes, run.device, run.precision)
+        reference.model.load_state_dict(start["model"])
+        losses["reference"].append(curve(reference, reference.model, True, number > 0))
+        log.info("loss curves: %d of %d of each", number + 1, options.curves)
+    smoothed = torch.tensor([*losses["ours"], *losses["reference"]]).unfold(1, window, 1).mean(2)
+
+    def apart(half: tuple[int, ...]) -> torch.Tensor:
+        others = [number for number in range(len(smoothed)) if number not in half]
+        return (smoothed[list(half)].mean(0) - smoothed[others].mean(0)).abs()
+
+    # Each way to halve them once: the first curve's half, which comes first for ours itself.
+    rest = itertools.combinations(range(1, len(smoothed)), options.curves - 1)
+    parted = [apart((0, *half)) for half in rest]
+    means = [difference.mean().item() for difference in parted]
+    as_far = sum(mean >= means[0] for mean in means)
     return {
         "px": px,
         "batch_size": config.batch_size,
         "max_lr": schedule.max_lr,
         "smoothed_over_steps": window,
-        "ours_from_reference": apart("ours"),
-        "noise_from_reference": apart("noise"),
-        "last_smoothed": {name: round(values[-1].item(), 4) for name, values in smoothed.items()},
-        "losses": {name: [round(x, 4) for x in values.tolist()] for name, values in curves.items()},
+        "ours_from_reference": {
+            "mean": round(means[0], 4),
+            "largest": round(parted[0].max().item(), 4),
+        },
+        "halves": len(means),
+        "halves_at_least_as_far_apart": as_far,
+        "mean_of_halves": {
+            "median": round(statistics.median(means), 4),
+            "max": round(max(means), 4),
+        },
+        "last_smoothed": {
+            "ours": [round(x, 4) for x in smoothed[: options.curves, -1].tolist()],
+            "reference": [round(x, 4) for x in smoothed[options.curves :, -1].tolist()],
+        },
+        "losses": losses,
     }
+
+
+@torch.no_grad()
+def move_weights(model: torch.nn.Module, seed: int) -> None:
+    """Change each weight by 0.1 % of it, more or less."""
+    random = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=random)
+        weight.mul_(1 + 1e-3 * noise.to(weight.device))
 
 
 # ------------------------------------------------------------------------------ the report
@@ -346,15 +378,18 @@ def tell_size(size: dict[str, Any]) -> None:
 
 
 def tell_curves(curves: dict[str, Any]) -> None:
-    """How far the loss curves part."""
+    """How far the loss curves part, and how that compares with other halves of them."""
+    own, each = curves["ours_from_reference"], len(curves["losses"]["ours"])
     log.info(
-        "loss over %d steps, smoothed over %d: ours from the reference at most %.3f, mean %.3f; "
-        "the reference from itself, its first weights 0.1 %% off, at most %.3f, mean %.3f; at the "
-        "end ours %.3f, the reference %.3f and %.3f",
-        len(curves["losses"]["ours"]), curves["smoothed_over_steps"],
-        *curves["ours_from_reference"].values(), *curves["noise_from_reference"].values(),
-        *(curves["last_smoothed"][name] for name in ("ours", "reference", "noise")),
+        "loss over %d steps, smoothed over %d, mean of %d curves each: ours from the reference "
+        "%.3f on average, %.3f at most; %d of the %d ways to halve all curves lie at least as far "
+        "apart, the median of them %.3f on average, the furthest %.3f",
+        len(curves["losses"]["ours"][0]), curves["smoothed_over_steps"], each,
+        own["mean"], own["largest"], curves["halves_at_least_as_far_apart"], curves["halves"],
+        curves["mean_of_halves"]["median"], curves["mean_of_halves"]["max"],
     )  # fmt: skip
+    for name, values in curves["last_smoothed"].items():
+        log.info("  %-9s  ends at %s", name, ", ".join(f"{value:.3f}" for value in values))
 
 
 def main() -> None:
@@ -365,6 +400,8 @@ def main() -> None:
         raise UserError("sizes must be 32 px or more, pairs and block_steps 1 or more")
     if options.loss_curve < 0 or (options.loss_curve and not options.train_folder_name):
         raise UserError("loss_curve needs 1 step or more, and pictures: --train-folder-name")
+    if options.curves < 2:
+        raise UserError("curves must be 2 or more: one alone does not tell noise from difference")
     config = Config(
         batch_size=options.batch_size or (448 if torch.cuda.is_available() else 64),
         train_folder_name=options.train_folder_name,
@@ -427,7 +464,7 @@ def main() -> None:
         write()
     if options.loss_curve:
         del reference, run  # their memory is needed
-        record["loss_curve"] = loss_curves(options.px[-1], options.loss_curve, config)
+        record["loss_curve"] = loss_curves(options.px[-1], options, config)
         tell_curves(record["loss_curve"])
         write()
 

@@ -15,7 +15,7 @@ def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> N
     done = run_stage_command(
         *(SCRIPT, "--px", 64, 32, "--batch-size", 4, "--pairs", 2, "--block-steps", 1),
         *("--train-folder-name", tmp_path / "images/train", "--workers", 1),
-        *("--precision", "fp32", "--loss-curve", 3, "--output", output),
+        *("--precision", "fp32", "--loss-curve", 3, "--curves", 2, "--output", output),
         timeout=240,
         from_nothing=True,  # memory is measured too
     )
@@ -40,13 +40,25 @@ def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> N
             assert 0 < size[name]["min"] <= size[name]["median"] <= size[name]["max"]
         assert f"{size['ratio']['median']:.2f} (" in done.stdout
     curves = record["loss_curve"]
-    assert {name: len(values) for name, values in curves["losses"].items()} == {
-        "ours": 3, "reference": 3, "noise": 3,
+    losses = curves["losses"]
+    assert {name: [len(curve) for curve in each] for name, each in losses.items()} == {
+        "ours": [3, 3], "reference": [3, 3],
     }  # fmt: skip
     # The same weights and the same pictures, in fp32: the first losses are the same.
-    assert curves["losses"]["ours"][0] == pytest.approx(curves["losses"]["reference"][0], rel=1e-3)
-    assert curves["losses"]["noise"][0] != curves["losses"]["reference"][0]
-    assert curves["ours_from_reference"]["largest"] >= curves["ours_from_reference"]["mean"]
+    assert losses["ours"][0][0] == pytest.approx(losses["reference"][0][0], rel=1e-3)
+    assert len({each[number][0] for each in losses.values() for number in (0, 1)}) >= 3
+    # Over 3 steps a curve is one number, smoothed; two and two are halved in three ways.
+    own = curves["ours_from_reference"]
+    first, second, third, fourth = (
+        sum(curve) / 3 for curve in (*losses["ours"], *losses["reference"])
+    )
+    ways = [first + second - third - fourth, first + third - second - fourth]
+    ways = [abs(way) / 2 for way in [*ways, first + fourth - second - third]]
+    assert own["mean"] == own["largest"] == pytest.approx(ways[0], abs=1e-3)
+    assert curves["mean_of_halves"]["max"] == pytest.approx(max(ways), abs=1e-3)
+    assert curves["mean_of_halves"]["median"] == pytest.approx(sorted(ways)[1], abs=1e-3)
+    assert curves["halves"] == 3
+    assert 1 <= curves["halves_at_least_as_far_apart"] <= 3
     assert "loss over 3 steps" in done.stdout
 
 
@@ -55,6 +67,7 @@ def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> N
     [
         (["--loss-curve", "5"], "--train-folder-name"),
         (["--px", "16"], "32 px or more"),
+        (["--curves", "1"], "curves must be 2 or more"),
         (["--batch-size", "1"], "batch_size is 1"),
         (["--train-folder-name", "nowhere"], "no folder or store nowhere"),
     ],

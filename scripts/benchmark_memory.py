@@ -10,6 +10,7 @@ JSON file with hardware and versions.
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def main() -> None:
     start_log(None)
     if min(options.workers, default=0) < 1 or options.epochs < 1:
         raise UserError("workers and epochs must be 1 or more")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a trainer ends with this, too
     parts = [str(options.pictures)] * 2
     if options.pictures.is_dir():
         parts = [str(options.pictures / part) for part in ("train", "val")]

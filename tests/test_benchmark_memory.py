@@ -1,6 +1,10 @@
 """scripts/benchmark_memory.py: the real command on small pictures."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,21 @@ def test_it_reads_the_memory_of_every_epoch_of_every_run(tmp_path: Path) -> None
         # At the least the weights, their gradients and their momentum, in float32.
         assert len(values) == 2 and min(values) > 3 * 4 * 23_500_000
     assert done.stdout.count("after epoch") == 4
+
+
+def test_ended_early_it_ends_its_trainer_too(tmp_path: Path) -> None:
+    make_images(tmp_path / "images", classes=2, images=16)
+    command = [sys.executable, SCRIPT, tmp_path / "images", "--epochs", "100", "--batch-size", "4"]
+    benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    benchmark.stdout.readline()  # an epoch is over
+    (trainer,) = Path(f"/proc/{benchmark.pid}/task/{benchmark.pid}/children").read_text().split()
+    benchmark.send_signal(signal.SIGTERM)
+    benchmark.communicate(timeout=60)
+    assert benchmark.returncode == 75
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{trainer}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{trainer}").exists()
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,8 @@ def train(config: Config) -> list[int]:
                 epochs = len(read_metrics(metrics)) if metrics.exists() else 0
                 if epochs > len(seen) and (held := anonymous_bytes(trainer.pid)):
                     seen.append(held)
-                    log.info(
-                        "%d workers, after epoch %d: %.1f MB", config.workers, epochs, held / 1e6
-                    )
+                    what = config.workers, epochs, held / 1e6
+                    log.info("workers %d, after epoch %d: %.1f MB", *what)
                 time.sleep(0.02)
         finally:
             trainer.terminate()

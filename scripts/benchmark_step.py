@@ -303,7 +303,7 @@ def loss_curves(px: int, options: BenchmarkOptions, config: Config) -> dict[str,
 
     losses: dict[str, list[list[float]]] = {"ours": [], "reference": []}
     for number in range(options.curves):
-        run.load(start)
+        run.load(copy.deepcopy(start))  # whose momentum the run goes on with as its own
         losses["ours"].append(curve(ours(run), run.model.model, False, number > 0))
         reference = Reference(classes, run.device, run.precision)
         reference.model.load_state_dict(start["model"])

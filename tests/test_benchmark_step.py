@@ -1,10 +1,17 @@
 """scripts/benchmark_step.py: the real command, at the smallest size that says anything."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, make_images, run_stage_command
+
+from utils import Config
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import benchmark_step
 
 SCRIPT = REPOSITORY / "scripts" / "benchmark_step.py"
 
@@ -60,6 +67,17 @@ def test_it_measures_both_steps_with_and_without_the_loader(tmp_path: Path) -> N
     assert curves["halves"] == 3
     assert 1 <= curves["halves_at_least_as_far_apart"] <= 3
     assert "loss over 3 steps" in done.stdout
+
+
+def test_every_loss_curve_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path / "images", classes=2, images=6)
+    folder = str(tmp_path / "images/train")
+    config = Config(batch_size=4, train_folder_name=folder, precision="fp32", workers=1)
+    options = benchmark_step.BenchmarkOptions(batch_size=4, loss_curve=3, curves=2)
+    monkeypatch.setattr(benchmark_step, "move_weights", lambda *_: None)
+    losses = benchmark_step.loss_curves(32, options, config)["losses"]
+    assert losses["ours"][0] == losses["ours"][1]
+    assert losses["reference"][0] == losses["reference"][1]
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,11 @@ TRAINING = {
     "train_px": 32,
     "val_px": 32,
     "val_resize_px": 32,
-    "epochs": 10,
+    "epochs": 8,
     "batch_size": 4,
     "workers": 1,
     "precision": "fp32",
     "device": "cpu",
-    "checkpoint_minutes": 0.02,
 }
 READING = ("Describe", "Get", "List", "Head")
 

@@ -164,7 +164,10 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
     pad = min(0.5 + last_epoch / 100, 0.9)  # below 1: there is no epoch 0
     for quantity, panel in panels.items():
         panel.set(xlabel="epoch", ylabel=PANELS[quantity], xlim=(1 - pad, last_epoch + pad))
-        panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])  # so that a point at 0 is seen whole
+        top = panel.get_ylim()[1]
+        if quantity != "loss":  # clip_loss has set that one's
+            top = max(top, 1.03 * panel.dataLim.y1)
+        panel.set_ylim(-0.02 * top, top)  # so that points at 0 and at the top are seen whole
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         if quantity != "learning_rate":  # placed by matplotlib where the fewest points are
             panel.legend(fontsize=12 if len(shown) < 4 else 10, handletextpad=0.3)

@@ -161,6 +161,18 @@ def test_a_loss_that_grows_steadily_is_shown_whole(tmp_path: Path) -> None:
     assert figure.axes[0].get_ylim()[1] > 30
 
 
+def test_the_ring_around_a_hundred_per_cent_is_whole(tmp_path: Path) -> None:
+    rows = [
+        make_row(1, val_top5=86.0, train_top5=90.0),
+        make_row(2, val_top5=100.0, train_top5=97.0),
+    ]
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
+    top5 = figure.axes[2]
+    figure.savefig(tmp_path / "picture.png")
+    ring_px = 9 / 72 * figure.dpi / 2
+    assert top5.transData.transform((2, 100))[1] + ring_px < top5.bbox.ymax
+
+
 def test_a_single_epoch_leaves_a_mark(tmp_path: Path) -> None:
     figure = draw({"a": read_curves(make_run(tmp_path, "a", [make_row(1)]))}, reference=False)
     figure.canvas.draw()

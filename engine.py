@@ -177,18 +177,16 @@ def new_optimizer(model: ResNet50Wrapper, config: Config, precision: str) -> tor
     described = [
         {
             "params": parameters,
-            "momentum": 0.0 if is_orthogonal else config.momentum,
-            "orthogonal_momentum": config.momentum if is_orthogonal else 0.0,
             "weight_decay": config.weight_decay if decays else 0.0,
-            "nesterov": is_muon and not is_orthogonal,
+            **({"orthogonalize": is_orthogonal} if is_muon else {}),
         }
         for (is_orthogonal, decays), parameters in groups.items()
     ]
     # Fused: one pass over the weights instead of four.
+    options = {"lr": config.max_lr, "momentum": config.momentum, "fused": True}
     if not is_muon:
-        return torch.optim.SGD(described, config.max_lr, fused=True)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return Muon(described, dtype, lr=config.max_lr, fused=True)
+        return torch.optim.SGD(described, **options)
+    return Muon(described, torch.float32 if precision == "fp32" else torch.bfloat16, **options)
 
 
 def compiled(

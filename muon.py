@@ -31,42 +31,55 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Muon(torch.optim.SGD):
-    """torch.optim.SGD, for which groups of convolutions may have an "orthogonal_momentum" above 0.
+    """torch.optim.SGD with Nesterov momentum, whose groups may say "orthogonalize": True.
 
-    A weight (out, in, height, width) is taken as a matrix of `out` rows. Its gradient becomes
-    sqrt(max(1, rows / columns)) times the orthogonalised Nesterov momentum, and the step that the
-    group's own momentum of 0 makes takes it from there: with weight decay, which is decoupled that
-    way, and skipped where fp16 overflows. Nothing waits for the device.
+    Each gradient becomes its Nesterov momentum, and the step without momentum that SGD makes takes
+    it from there: with a weight decay that is decoupled that way, so that it means the same to all
+    groups, and skipped where fp16 overflows. A weight (out, in, height, width) of an orthogonalised
+    group is taken as a matrix of `out` rows, and the step made about orthogonal, times
+    sqrt(max(1, rows / columns)). Nothing waits for the device.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
-        super().__init__(groups, **options)
+    def __init__(
+        self, groups: list[dict[str, Any]], dtype: torch.dtype, momentum: float, **options: Any
+    ) -> None:
+        own = {"orthogonalize": False, "own_momentum": momentum}
+        super().__init__([{**own, **group} for group in groups], momentum=0.0, **options)
         self.dtype = dtype  # of the orthogonalisation
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step from the gradients, some of which it replaces; no closure is called."""
+        """One step from the gradients, which it replaces; no closure is called."""
         for group in self.param_groups:
-            if group.get("orthogonal_momentum"):
-                self._replace_gradients(group["params"], group["orthogonal_momentum"])
+            self._replace_gradients(group)
         super().step(closure)
 
-    def _replace_gradients(self, weights: list[torch.nn.Parameter], momentum: float) -> None:
+    def _replace_gradients(self, group: dict[str, Any]) -> None:
         # As torch.amp.GradScaler tells it to optimizers that skip and unscale by themselves.
         overflow = getattr(self, "found_inf", None)
         scale = getattr(self, "grad_scale", None)
+        momentum = group["own_momentum"]
+        buffers = [self.state[weight]["momentum_buffer"] for weight in group["params"]]
+        scaled = [weight.grad for weight in group["params"]]
+        gradients = scaled if scale is None else torch._foreach_div(scaled, scale)
+        added = torch._foreach_add(gradients, buffers, alpha=momentum)
+        steps = torch._foreach_add(gradients, added, alpha=momentum)
+        for buffer, new in zip(buffers, added, strict=True):
+            buffer.copy_(new if overflow is None else torch.where(overflow > 0, buffer, new))
+        if group["orthogonalize"]:
+            self._orthogonalize(steps)
+        torch._foreach_copy_(scaled, steps if scale is None else torch._foreach_mul(steps, scale))
+
+    def _orthogonalize(self, steps: tuple[torch.Tensor, ...]) -> None:
         same_shape = defaultdict(list)
-        for weight in weights:
-            gradient = weight.grad if scale is None else weight.grad / scale
-            buffer = self.state[weight]["momentum_buffer"]
-            added = momentum * buffer + gradient
-            buffer.copy_(added if overflow is None else torch.where(overflow > 0, buffer, added))
+        for step in steps:
             # Stored channels last, this is a matrix as it lies in memory.
-            nesterov = gradient.add(added, alpha=momentum).permute(0, 2, 3, 1).flatten(1)
-            same_shape[nesterov.shape].append((weight, nesterov))
+            matrix = step.permute(0, 2, 3, 1).flatten(1)
+            same_shape[matrix.shape].append((step, matrix))
         for (rows, columns), some in same_shape.items():
-            factor = max(1, rows / columns) ** 0.5 * (1 if scale is None else scale)
-            steps = orthogonalize(torch.stack([matrix for _, matrix in some]), self.dtype) * factor
-            for (weight, _), step in zip(some, steps, strict=True):
-                out, inside, height, width = weight.shape
-                weight.grad.copy_(step.view(out, height, width, inside).permute(0, 3, 1, 2))
+            matrices = orthogonalize(torch.stack([matrix for _, matrix in some]), self.dtype)
+            for (step, _), matrix in zip(
+                some, matrices * max(1, rows / columns) ** 0.5, strict=True
+            ):
+                out, inside, height, width = step.shape
+                step.copy_(matrix.view(out, height, width, inside).permute(0, 3, 1, 2))

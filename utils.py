@@ -103,7 +103,7 @@ class Config:
     momentum: float = 0.9
     """momentum of the optimizer"""
     weight_decay: float = 1e-4
-    """L2 penalty; decoupled where steps are orthogonalised"""
+    """L2 penalty; with muon decoupled from the momentum, for all weights alike"""
     decay_norm_and_bias: bool = True
     """apply weight_decay to BatchNorm's parameters and to biases too"""
     label_smoothing: float = 0.0

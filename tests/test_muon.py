@@ -46,10 +46,10 @@ def new_small() -> tuple[Small, Muon]:
     model = Small().to(memory_format=torch.channels_last)
     weights, biases = [model.wide.weight, model.tall.weight], [model.tall.bias]
     groups = [
-        {"params": weights, "momentum": 0.0, "orthogonal_momentum": 0.8, "weight_decay": 0.1},
-        {"params": biases, "momentum": 0.8, "nesterov": True, "weight_decay": 0.0},
+        {"params": weights, "orthogonalize": True, "weight_decay": 0.1},
+        {"params": biases, "weight_decay": 0.2},
     ]
-    optimizer = Muon(groups, torch.float32, lr=0.05, fused=True)
+    optimizer = Muon(groups, torch.float32, momentum=0.8, lr=0.05, fused=True)
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return model, optimizer
@@ -88,8 +88,9 @@ def test_the_step_is_the_method_written_out() -> None:
                 if weight.ndim == 4:
                     rows, columns = weight.shape[0], weight[0].numel()
                     update = written_out(update.reshape(rows, columns)).view(weight.shape)
-                    update = update * max(1, rows / columns) ** 0.5 + 0.1 * weight
-                weight.sub_(0.05 * update)
+                    update = update * max(1, rows / columns) ** 0.5
+                # Decoupled: the momentum holds nothing of it.
+                weight.sub_(0.05 * (update + (0.1 if weight.ndim == 4 else 0.2) * weight))
     for name, weight in model.named_parameters():
         assert torch.allclose(weight.double(), plain.state_dict()[name], atol=2e-5), name
 
@@ -126,7 +127,7 @@ def test_of_resnet50_all_convolutions_but_the_first_are_orthogonalised() -> None
     run = engine.new_run(dataclasses.replace(RECIPES["fast"].config, precision="fp32"), 3)
     names = {parameter: name for name, parameter in run.model.model.named_parameters()}
     groups = {
-        (bool(group["orthogonal_momentum"]), group["weight_decay"]): [
+        (group["orthogonalize"], group["weight_decay"]): [
             names[parameter] for parameter in group["params"]
         ]
         for group in run.optimizer.param_groups

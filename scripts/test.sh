@@ -43,6 +43,13 @@ if [ ${#missing[@]} -gt 0 ]; then
         apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null
 fi
 
+# Full, a disk fails hundreds of tests with words that say little.
+temporary=${TMPDIR:-/tmp}
+if [ "$(df -Pk "$temporary" | awk 'NR == 2 { print $4 }')" -lt 8000000 ]; then
+    echo "the tests write up to 8 GB into $temporary: make room there, or name another TMPDIR" >&2
+    exit 1
+fi
+
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/shellcheck" scripts/*.sh scripts/aws/instance/*.sh .ci/run

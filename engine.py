@@ -93,7 +93,12 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was saved."""
+        """Go back to where a checkpoint was saved; raises UserError if an older version saved it."""
+        if layout(state["optimizer"]) != layout(self.optimizer.state_dict()):
+            raise UserError(
+                "the checkpoint is of an older version, whose optimizer kept other things: go on "
+                "with that version, or start another run with --name"
+            )
         self.model.model.load_state_dict(state["model"])
         if self.average:
             self.average.model.model.load_state_dict(state["average"])
@@ -106,6 +111,11 @@ class Run:
                 self.totals[name].copy_(total)
         for name in ("step", "history", "epoch_s", "elapsed_s"):
             setattr(self, name, state[name])
+
+
+def layout(optimizer: dict[str, Any]) -> list[tuple[bool, list[int]]]:
+    """Of an optimizer's state, which weights it treats alike, and whether Muon's keys are there."""
+    return [("own_momentum" in group, group["params"]) for group in optimizer["param_groups"]]
 
 
 # ------------------------------------------------------------------------------ a new run

@@ -131,6 +131,21 @@ def test_a_compiled_run_goes_on_exactly_and_its_checkpoint_is_anyones(
         assert torch.allclose(eager.model.state_dict()[name], value, rtol=1e-3, atol=1e-4), name
 
 
+def test_an_older_versions_optimizer_is_refused(settings: dict[str, object]) -> None:
+    config = Config(**settings, optimizer="muon")
+    run = engine.new_run(config, 3)
+    state = run.state()
+    run.load(state)
+    without_key = [
+        {key: value for key, value in group.items() if key != "own_momentum"}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    otherwise_grouped = engine.new_run(dataclasses.replace(config, optimizer="sgd"), 3).state()
+    for groups in (without_key, otherwise_grouped["optimizer"]["param_groups"]):
+        with pytest.raises(UserError, match="older version.*--name"):
+            run.load({**state, "optimizer": {**state["optimizer"], "param_groups": groups}})
+
+
 def test_only_whole_batches_are_compiled(settings: dict[str, object]) -> None:
     run = engine.new_run(Config(**settings), 3)
     seen = []

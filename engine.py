@@ -93,7 +93,7 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was saved; raises UserError if an older version saved it."""
+        """Go back to where a checkpoint was saved; raises UserError for an older version's."""
         if layout(state["optimizer"]) != layout(self.optimizer.state_dict()):
             raise UserError(
                 "the checkpoint is of an older version, whose optimizer kept other things: go on "

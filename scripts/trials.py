@@ -5,7 +5,8 @@
 
 A plan is a TOML file: [common] has settings of every run, each [variants.NAME] those in which the
 variant differs. An equal number of epochs is one budget; equal time is another, for which each
-variant has `epochs` of its own: the table has the time that each took.
+variant has `epochs` of its own: the table has the time that each took. With top1_to_reach, a list
+of percentages, a second table says how long each had trained when it first validated as well.
 
 Every run is `trainer.py` in a process of its own, one after another, seed by seed, so that a trial
 that is broken off has as many of each variant as of the others. The same command goes on where it
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,15 @@ def read_plan(path: Path) -> dict[str, Config]:
         raise UserError(f"no plan {path}") from None
     except ValueError as error:  # no text is one too
         raise UserError(f"{path} is no TOML file: {error}") from None
-    unknown = plan.keys() - {"title", "common", "variants"}
+    unknown = plan.keys() - {"title", "top1_to_reach", "common", "variants"}
     if unknown or not isinstance(plan.get("variants"), dict) or not plan["variants"]:
         raise UserError(
-            f"{path} needs [variants.NAME] for each variant, and may have title and [common]"
-            + f", not {', '.join(sorted(unknown))}" * bool(unknown)
+            f"{path} needs [variants.NAME] for each variant, and may have title, top1_to_reach and "
+            "[common]" + f", not {', '.join(sorted(unknown))}" * bool(unknown)
         )
+    wanted = plan.get("top1_to_reach", [])
+    if not isinstance(wanted, list) or not all(type(one) in (int, float) for one in wanted):
+        raise UserError(f"{path}: top1_to_reach is {wanted!r}, and must be a list of percentages")
     return {
         name: _config(f"{path}, variant {name}", {**plan.get("common", {}), **settings})
         for name, settings in plan["variants"].items()
@@ -115,9 +120,10 @@ def _config(where: str, settings: dict[str, Any]) -> Config:
     return config
 
 
-def title_of(path: Path) -> str:
-    """The plan's title, or its file's name."""
-    return str(tomllib.loads(path.read_text()).get("title", path.stem))
+def title_and_goals(path: Path) -> tuple[str, list[float]]:
+    """The plan's title, or its file's name, and the accuracies in percent to be reached."""
+    plan = tomllib.loads(path.read_text())
+    return str(plan.get("title", path.stem)), plan.get("top1_to_reach", [])
 
 
 def run_name(variant: str, seed: int) -> str:
@@ -181,6 +187,8 @@ def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str
             "train_s": sum(row["train_s"] for row in rows),
             "val_s": sum(row["val_s"] for row in rows),
             "train_images": sum(row["train_images"] for row in rows),
+            "epochs_train_s": [row["train_s"] for row in rows],
+            "epochs_correct1": [row["val_correct1"] for row in rows],
         }
     kept = ("commit", "versions", "hardware", "started")
     return line | {name: record[name] for name in kept if name in record}
@@ -234,8 +242,13 @@ def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
-def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
-    """The log as a table in Markdown, with what its spread can tell apart."""
+def table(
+    title: str, names: list[str], lines: list[dict[str, Any]], goals: Sequence[float] = ()
+) -> str:
+    """The log as a table in Markdown, with what its spread can tell apart.
+
+    `goals` are accuracies in percent, of which a second table says when they were reached.
+    """
     finished = {
         name: [line for line in lines if line["variant"] == name and line["ended"] == "finished"]
         for name in names
@@ -277,7 +290,40 @@ def table(title: str, names: list[str], lines: list[dict[str, Any]]) -> str:
             f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs, lines)} |"
         )
     parts += ["", _statement(results, lines), ""]
+    if goals:
+        parts += [*_times_to_reach(finished, goals), ""]
     return "\n".join(parts)
+
+
+def train_s_to_reach(line: dict[str, Any], goal: float) -> float | None:
+    """Seconds of training before the first epoch's end with a top-1 of `goal` percent or more."""
+    seconds = itertools.accumulate(line["epochs_train_s"])
+    for elapsed, correct in zip(seconds, line["epochs_correct1"], strict=True):
+        if 100 * correct >= goal * line["images"]:
+            return elapsed
+    return None
+
+
+def _times_to_reach(runs: dict[str, list[dict[str, Any]]], goals: Sequence[float]) -> list[str]:
+    """The lines of a table of the training that each variant needed for each accuracy."""
+    parts = [
+        "Training before the first validation with such a top-1, in the mean of the runs that "
+        "reached it:",
+        "",
+        f"| variant | {' | '.join(f'{goal:g} %' for goal in goals)} |",
+        "|---" * (len(goals) + 1) + "|",
+    ]
+    for name, lines in runs.items():
+        cells = []
+        for goal in goals:
+            # Logs were once without the epochs' figures.
+            known = [line for line in lines if "epochs_train_s" in line]
+            times = [train_s_to_reach(line, goal) for line in known]
+            reached = [time for time in times if time is not None]
+            mean = format_duration(statistics.fmean(reached)) if reached else "never"
+            cells.append(f"{mean} ({len(reached)} of {len(times)})" if known else "not logged")
+        parts.append(f"| {name} | {' | '.join(cells)} |")
+    return parts
 
 
 def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
@@ -333,7 +379,8 @@ def main() -> None:
     chosen = {name: plan[name] for name in options.variants or plan}
     exit_code = 0 if options.report else run_trials(options, chosen, log_path)
     lines = read_log(log_path)
-    text = table(title_of(options.plan), list(plan), lines)
+    title, goals = title_and_goals(options.plan)
+    text = table(title, list(plan), lines, goals)
     write_atomically(options.plan.with_suffix(".md"), text.encode())
     print(f"\n{text}")
     sys.exit(exit_code)

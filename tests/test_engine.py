@@ -142,7 +142,7 @@ def test_an_older_versions_optimizer_is_refused(settings: dict[str, object]) -> 
     ]
     otherwise_grouped = engine.new_run(dataclasses.replace(config, optimizer="sgd"), 3).state()
     for groups in (without_key, otherwise_grouped["optimizer"]["param_groups"]):
-        with pytest.raises(UserError, match="older version.*--name"):
+        with pytest.raises(UserError, match=r"older version.*--name"):
             run.load({**state, "optimizer": {**state["optimizer"], "param_groups": groups}})
 
 

@@ -121,6 +121,9 @@ def test_every_variant_is_trained_with_every_seed_and_broken_off_trials_go_on(
         last = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert line["ended"] == "finished"
         assert (line["correct1"], line["images"]) == (last["val_correct1"], 24)
+        assert line["epochs_correct1"][-1] == line["correct1"]
+        assert len(line["epochs_train_s"]) == 2
+        assert math.isclose(sum(line["epochs_train_s"]), line["train_s"])
         assert config["seed"] == line["seed"]
         assert config["label_smoothing"] == (0.1 if line["variant"] != "plain" else 0)
         assert line["settings"].get("label_smoothing", 0) == config["label_smoothing"]
@@ -157,6 +160,7 @@ def test_a_failed_run_is_kept_in_the_log_and_the_exit_code(folder: Path) -> None
         ("[variants.a]\nepochs = 0", "variant a: epochs is 0: it must be above 0"),
         ("[variants", "is no TOML file"),
         ("colour = 1\n[variants.a]\n", "not colour"),
+        ("top1_to_reach = 70\n[variants.a]\n", "must be a list of percentages"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused(tmp_path: Path, plan: str, complaint: str) -> None:
@@ -236,3 +240,22 @@ def test_runs_of_a_variant_whose_settings_differ_are_told_with_both() -> None:
     (a,), (b,) = ([row for row in rows if row.startswith(f"| {name} |")] for name in "ab")
     assert a.endswith("| compile False/True |")
     assert b.endswith("| compile True |")
+
+
+def test_the_training_that_an_accuracy_took_ends_with_the_epoch_that_reached_it() -> None:
+    curves = {"a": [[500, 700, 690], [400, 600, 700]], "b": [[300, 650, 640]], "old": [None]}
+    lines = [
+        {
+            **a_line(name, 700),
+            **({"epochs_train_s": [100.0, 20.0, 3.0], "epochs_correct1": curve} if curve else {}),
+        }
+        for name, group in curves.items()
+        for curve in group
+    ]
+    text = trials.table("Title", [*curves, "none"], lines, goals=(40, 70, 70.1))
+    assert "| variant | 40 % | 70 % | 70.1 % |" in text
+    assert "| a | 1 min 40 s (2 of 2) | 2 min 2 s (2 of 2) | never (0 of 2) |" in text  # 121.5 s
+    assert "| b | 2 min 0 s (1 of 1) | never (0 of 1) | never (0 of 1) |" in text
+    assert "| old | not logged | not logged | not logged |" in text
+    assert "| none | not logged |" in text
+    assert "40 %" not in trials.table("Title", [*curves], lines)

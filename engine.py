@@ -177,24 +177,15 @@ def new_run(config: Config, num_classes: int) -> Run:
 
 
 def new_optimizer(model: ResNet50Wrapper, config: Config, precision: str) -> torch.optim.Optimizer:
-    """SGD, or what orthogonalises its steps, with the weights that are treated alike together."""
-    is_muon = config.optimizer == "muon"
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    """SGD, or what orthogonalises its steps, with the weights that are decayed alike together."""
+    groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
-        is_hidden = parameter.ndim == 4 and parameter.shape[1] > 3
         decays = parameter.ndim > 1 or config.decay_norm_and_bias
-        groups[is_muon and is_hidden, decays].append(parameter)
-    described = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            **({"orthogonalize": is_orthogonal} if is_muon else {}),
-        }
-        for (is_orthogonal, decays), parameters in groups.items()
-    ]
+        groups[config.weight_decay if decays else 0.0].append(parameter)
+    described = [{"params": some, "weight_decay": decay} for decay, some in groups.items()]
     # Fused: one pass over the weights instead of four.
     options = {"lr": config.max_lr, "momentum": config.momentum, "fused": True}
-    if not is_muon:
+    if config.optimizer == "sgd":
         return torch.optim.SGD(described, **options)
     return Muon(described, torch.float32 if precision == "fp32" else torch.bfloat16, **options)
 

@@ -31,20 +31,21 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Muon(torch.optim.SGD):
-    """torch.optim.SGD with Nesterov momentum, whose groups may say "orthogonalize": True.
+    """torch.optim.SGD with Nesterov momentum, whose steps of matrices are orthogonalised.
 
     Each gradient becomes its Nesterov momentum, and the step without momentum that SGD makes takes
     it from there: with a weight decay that is decoupled that way, so that it means the same to all
-    groups, and skipped where fp16 overflows. A weight (out, in, height, width) of an orthogonalised
-    group is taken as a matrix of `out` rows, and the step made about orthogonal, times
-    sqrt(max(1, rows / columns)). Nothing waits for the device.
+    groups, and skipped where fp16 overflows. A convolution (out, in, height, width) is taken as a
+    matrix of `out` rows, and its step made about orthogonal, times sqrt(max(1, rows / columns)); so
+    is a linear layer's (out, in), times sqrt(rows / columns), which moves its outputs alike however
+    many there are. Biases, and what else has one dimension, step as with SGD. Nothing waits for the
+    device.
     """
 
     def __init__(
         self, groups: list[dict[str, Any]], dtype: torch.dtype, momentum: float, **options: Any
     ) -> None:
-        own = {"orthogonalize": False, "own_momentum": momentum}
-        super().__init__([{**own, **group} for group in groups], momentum=0.0, **options)
+        super().__init__([{"own_momentum": momentum, **group} for group in groups], **options)
         self.dtype = dtype  # of the orthogonalisation
 
     @torch.no_grad()
@@ -66,20 +67,18 @@ class Muon(torch.optim.SGD):
         steps = torch._foreach_add(gradients, added, alpha=momentum)
         for buffer, new in zip(buffers, added, strict=True):
             buffer.copy_(new if overflow is None else torch.where(overflow > 0, buffer, new))
-        if group["orthogonalize"]:
-            self._orthogonalize(steps)
+        self._orthogonalize([step for step in steps if step.ndim > 1])
         torch._foreach_copy_(scaled, steps if scale is None else torch._foreach_mul(steps, scale))
 
-    def _orthogonalize(self, steps: tuple[torch.Tensor, ...]) -> None:
+    def _orthogonalize(self, steps: list[torch.Tensor]) -> None:
         same_shape = defaultdict(list)
         for step in steps:
-            # Stored channels last, this is a matrix as it lies in memory.
-            matrix = step.permute(0, 2, 3, 1).flatten(1)
-            same_shape[matrix.shape].append((step, matrix))
-        for (rows, columns), some in same_shape.items():
+            # Stored channels last, a convolution's is a matrix as it lies in memory.
+            channels_last = step.movedim(1, -1)
+            matrix = channels_last.flatten(1)
+            same_shape[step.ndim, *matrix.shape].append((channels_last, matrix))
+        for (dimensions, rows, columns), some in same_shape.items():
             matrices = orthogonalize(torch.stack([matrix for _, matrix in some]), self.dtype)
-            for (step, _), matrix in zip(
-                some, matrices * max(1, rows / columns) ** 0.5, strict=True
-            ):
-                out, inside, height, width = step.shape
-                step.copy_(matrix.view(out, height, width, inside).permute(0, 3, 1, 2))
+            matrices *= max(1 if dimensions == 4 else 0, rows / columns) ** 0.5
+            for (step, _), matrix in zip(some, matrices, strict=True):
+                step.copy_(matrix.view(step.shape))

@@ -98,8 +98,8 @@ class Config:
     max_lr_from_finder: bool = False
     """take max_lr from the run's lr_finder.json"""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """sgd; muon: SGD with Nesterov momentum, whose steps of all convolutions but the first are
-    orthogonalised"""
+    """sgd; muon: SGD with Nesterov momentum, whose steps are orthogonalised but for BatchNorm's and
+    biases'"""
     momentum: float = 0.9
     """momentum of the optimizer"""
     weight_decay: float = 1e-4

@@ -130,7 +130,7 @@ def muon_flop() -> float:
     """What muon.orthogonalize multiplies and adds for ResNet-50."""
     flop = 0.0
     for weight in ResNet50Wrapper().parameters():
-        if weight.ndim == 4 and weight.shape[1] > 3:
+        if weight.ndim > 1:
             m, n = sorted((weight.shape[0], weight[0].numel()))
             flop += muon.ROUNDS * (4 * m * m * n + 2 * m**3)
     assert math.isclose(flop, estimate_cost.FLOP_PER_MUON_STEP, rel_tol=0.01)

@@ -1,6 +1,7 @@
 """Orthogonalised steps, against singular value decompositions and the method written out."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -31,24 +32,25 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(
 
 
 class Small(nn.Module):
-    """Two convolutions as matrices, wide and tall, and a bias."""
+    """Convolutions that are wide and tall as matrices, a linear layer as wide, and biases."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.wide, self.tall = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 48, 1)
+        self.narrow, self.linear = nn.Conv2d(48, 6, 1), nn.Linear(48, 6)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tall(self.wide(images))
+        images = self.tall(self.wide(images))
+        pooled = self.linear(images.amax((2, 3)))
+        return torch.cat([self.narrow(images).flatten(1), pooled, images.flatten(1)], dim=1)
 
 
 def new_small() -> tuple[Small, Muon]:
     model = Small().to(memory_format=torch.channels_last)
-    weights, biases = [model.wide.weight, model.tall.weight], [model.tall.bias]
-    groups = [
-        {"params": weights, "orthogonalize": True, "weight_decay": 0.1},
-        {"params": biases, "weight_decay": 0.2},
-    ]
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    biases = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.2}]
     optimizer = Muon(groups, torch.float32, momentum=0.8, lr=0.05, fused=True)
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -73,6 +75,12 @@ def test_the_step_is_the_method_written_out() -> None:
     model, optimizer = new_small()
     plain = Small().double()
     momentum = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters()}
+    scales = {
+        "wide.weight": 1,  # of 8 x 36
+        "tall.weight": math.sqrt(48 / 8),
+        "narrow.weight": 1,  # of 6 x 48, as the linear layer's
+        "linear.weight": math.sqrt(6 / 48),
+    }
     for step in range(3):
         optimizer.zero_grad()
         loss_of(model, step).backward()
@@ -85,12 +93,12 @@ def test_the_step_is_the_method_written_out() -> None:
             for name, weight in plain.named_parameters():
                 momentum[name] = 0.8 * momentum[name] + weight.grad
                 update = weight.grad + 0.8 * momentum[name]
-                if weight.ndim == 4:
+                if weight.ndim > 1:
                     rows, columns = weight.shape[0], weight[0].numel()
                     update = written_out(update.reshape(rows, columns)).view(weight.shape)
-                    update = update * max(1, rows / columns) ** 0.5
+                    update = update * scales[name]
                 # Decoupled: the momentum holds nothing of it.
-                weight.sub_(0.05 * (update + (0.1 if weight.ndim == 4 else 0.2) * weight))
+                weight.sub_(0.05 * (update + (0.1 if weight.ndim > 1 else 0.2) * weight))
     for name, weight in model.named_parameters():
         assert torch.allclose(weight.double(), plain.state_dict()[name], atol=2e-5), name
 
@@ -123,18 +131,17 @@ def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step() -> None:
         assert torch.equal(state["momentum_buffer"], buffer)
 
 
-def test_of_resnet50_all_convolutions_but_the_first_are_orthogonalised() -> None:
+def test_only_what_has_one_dimension_is_spared_weight_decay() -> None:
     run = engine.new_run(dataclasses.replace(RECIPES["fast"].config, precision="fp32"), 3)
+    assert isinstance(run.optimizer, Muon)
     names = {parameter: name for name, parameter in run.model.model.named_parameters()}
     groups = {
-        (group["orthogonalize"], group["weight_decay"]): [
-            names[parameter] for parameter in group["params"]
-        ]
+        group["weight_decay"]: [names[parameter] for parameter in group["params"]]
         for group in run.optimizer.param_groups
     }
-    decay = RECIPES["fast"].config.weight_decay
-    assert set(groups) == {(True, decay), (False, decay), (False, 0.0)}
-    assert groups[False, decay] == ["conv1.weight", "fc.weight"]
-    assert len(groups[True, decay]) == 52
-    assert all("conv" in name or "downsample.0" in name for name in groups[True, decay])
-    assert all("bn" in n or "downsample.1" in n or n == "fc.bias" for n in groups[False, 0.0])
+    assert set(groups) == {RECIPES["fast"].config.weight_decay, 0.0}
+    decayed = groups[RECIPES["fast"].config.weight_decay]
+    assert len(decayed) == 54
+    assert {"conv1.weight", "fc.weight"} < set(decayed)
+    assert all("conv" in n or "downsample.0" in n or n == "fc.weight" for n in decayed)
+    assert all("bn" in n or "downsample.1" in n or n == "fc.bias" for n in groups[0.0])

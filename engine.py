@@ -177,12 +177,16 @@ def new_run(config: Config, num_classes: int) -> Run:
 
 
 def new_optimizer(model: ResNet50Wrapper, config: Config, precision: str) -> torch.optim.Optimizer:
-    """SGD, or what orthogonalises its steps, with the weights that are decayed alike together."""
-    groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
+    """SGD, or what orthogonalises its steps, with the weights that are treated alike together."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
-        decays = parameter.ndim > 1 or config.decay_norm_and_bias
-        groups[config.weight_decay if decays else 0.0].append(parameter)
-    described = [{"params": some, "weight_decay": decay} for decay, some in groups.items()]
+        is_matrix = parameter.ndim > 1
+        decay = config.weight_decay if is_matrix or config.decay_norm_and_bias else 0.0
+        groups[decay, 1.0 if is_matrix else config.norm_and_bias_lr].append(parameter)
+    described = [
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
     # Fused: one pass over the weights instead of four.
     options = {"lr": config.max_lr, "momentum": config.momentum, "fused": True}
     if config.optimizer == "sgd":
@@ -234,7 +238,8 @@ def train_step(
     loss, counts and trouble to run.totals, both without waiting for the device.
     """
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
+        # Checkpoints were once without the factor.
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
     run.optimizer.zero_grad(set_to_none=True)
     batch_size = batch_size or len(labels)
     parts = distributed.micro_batches(batch_size, run.micro_batch_size)

@@ -106,6 +106,8 @@ class Config:
     """L2 penalty; with muon decoupled from the momentum, for all weights alike"""
     decay_norm_and_bias: bool = True
     """apply weight_decay to BatchNorm's parameters and to biases too"""
+    norm_and_bias_lr: float = 1.0
+    """learning rate of BatchNorm's parameters and of biases, over that of the other weights"""
     label_smoothing: float = 0.0
     """share of the target that is spread evenly over all classes, 0 to 1"""
     average_steps: float = 0.0
@@ -182,11 +184,12 @@ class Config:
 RESULT_SETTINGS = frozenset(
     {
         *("epochs", "extra_epochs", "batch_size", "max_lr", "momentum", "weight_decay"),
-        *("optimizer", "decay_norm_and_bias", "label_smoothing", "average_steps"),
+        *("optimizer", "decay_norm_and_bias", "norm_and_bias_lr", "label_smoothing"),
         *("pct_start", "div_factor", "final_div_factor", "anneal_strategy", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
-        *("crop_min_scale", "flip", "trivial_augment", "erase_probability", "mixup_alpha"),
-        *("cutmix_alpha", "zero_init_residual", "precision", "seed", "skip_bad_images"),
+        *("average_steps", "crop_min_scale", "flip", "trivial_augment", "erase_probability"),
+        *("mixup_alpha", "cutmix_alpha", "zero_init_residual", "precision", "seed"),
+        "skip_bad_images",
     }
 )
 
@@ -250,6 +253,7 @@ FAST = Config(
     optimizer="muon",
     weight_decay=0.01,
     decay_norm_and_bias=False,
+    norm_and_bias_lr=16.0,
     label_smoothing=0.1,
     average_steps=100.0,
     train_px=192,
@@ -415,8 +419,9 @@ def _one_line(box: str) -> str:
 
 def check_config(config: Config) -> None:
     """Refuse settings that no run could use; raises UserError naming the field and its value."""
-    positive = ("epochs", "batch_size", "val_batch_size", "max_lr", "div_factor")
-    for field in (*positive, "final_div_factor", "train_px", "val_px", "log_interval_s"):
+    positive = ("epochs", "batch_size", "val_batch_size", "max_lr", "norm_and_bias_lr")
+    more = ("div_factor", "final_div_factor", "log_interval_s")
+    for field in (*positive, *more, "train_px", "val_px"):
         value = getattr(config, field)
         if not 0 < value < math.inf:
             raise UserError(f"{field} is {value}: it must be above 0")

@@ -146,6 +146,20 @@ def test_an_older_versions_optimizer_is_refused(settings: dict[str, object]) -> 
             run.load({**state, "optimizer": {**state["optimizer"], "param_groups": groups}})
 
 
+def test_a_checkpoint_without_factors_of_the_learning_rate_goes_on(
+    settings: dict[str, object],
+) -> None:
+    run = engine.new_run(Config(**settings), 3)
+    state = run.state()
+    for group in state["optimizer"]["param_groups"]:
+        del group["lr_factor"]
+    run.load(state)
+    run.model.train()
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    engine.train_step(run, images, torch.zeros(8, dtype=torch.long), 0.1)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.1]
+
+
 def test_only_whole_batches_are_compiled(settings: dict[str, object]) -> None:
     run = engine.new_run(Config(**settings), 3)
     seen = []

@@ -184,7 +184,8 @@ def new_optimizer(model: ResNet50Wrapper, config: Config, precision: str) -> tor
         decay = config.weight_decay if is_matrix or config.decay_norm_and_bias else 0.0
         groups[decay, 1.0 if is_matrix else config.norm_and_bias_lr].append(parameter)
     described = [
-        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        # The decay of a step is that of the other weights, whatever the factor.
+        {"params": parameters, "weight_decay": decay / factor, "lr_factor": factor}
         for (decay, factor), parameters in groups.items()
     ]
     # Fused: one pass over the weights instead of four.

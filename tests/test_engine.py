@@ -221,9 +221,12 @@ def test_the_step_is_sgd_as_torch_has_it(settings: dict[str, object]) -> None:
         assert error.norm() <= 0.01 * change.norm() + 1e-7, name
 
 
-def test_smoothing_and_decay_are_as_written_out(settings: dict[str, object]) -> None:
-    """Label smoothing as a sum over soft targets; BatchNorm and biases: faster, with no decay."""
-    smooth = {"label_smoothing": 0.2, "decay_norm_and_bias": False, "weight_decay": 1.0}
+@pytest.mark.parametrize("decays_all", [False, True])
+def test_smoothing_and_decay_are_as_written_out(
+    settings: dict[str, object], decays_all: bool
+) -> None:
+    """Label smoothing as a sum over soft targets; BatchNorm and biases: faster, decayed or not."""
+    smooth = {"label_smoothing": 0.2, "decay_norm_and_bias": decays_all, "weight_decay": 1.0}
     faster = {"norm_and_bias_lr": 4.0, "zero_init_residual": True}
     config = Config(**{**settings, **smooth, **faster})
     run, plain = engine.new_run(config, 3), engine.new_run(config, 3).model
@@ -242,7 +245,9 @@ def test_smoothing_and_decay_are_as_written_out(settings: dict[str, object]) -> 
     trained = dict(run.model.named_parameters())
     for name, weight in plain.named_parameters():
         is_matrix = name == "model.fc.weight" or weight.ndim == 4
-        change = -0.1 * (weight.grad + weight) if is_matrix else -0.4 * weight.grad
+        change = -(0.1 if is_matrix else 0.4) * weight.grad
+        if is_matrix or decays_all:
+            change -= 0.1 * weight
         error = trained[name] - (weight + change)
         assert error.norm() <= 0.01 * change.norm() + 1e-7, name
 

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from benchmark_step import spread
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -190,12 +190,6 @@ def contenders(names: list[str], options: BenchmarkOptions) -> Iterator[dict[str
             started[name] = Contender(name, options, errors)
             stack.callback(started[name].end)
         yield started
-
-
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Median, least and largest."""
-    parts = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in parts.items()}
 
 
 def ratios(rates: dict[str, list[float]], name: str) -> dict[str, Any]:

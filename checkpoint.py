@@ -8,7 +8,6 @@ back to the generation before.
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -28,6 +27,7 @@ from utils import (
     RESULT_SETTINGS,
     Config,
     UserError,
+    changed_settings,
     check_writable,
     log,
     write_atomically,
@@ -249,14 +249,8 @@ def check_newest(folder: Path, state: dict[str, Any] | None) -> None:
 def check_settings(state: dict[str, Any], config: Config) -> None:
     """Refuse to go on with a run under settings that change its result; raises UserError."""
     before = state["config"]
-    different = [
-        f"{field} was {before[field]}, is {value}"
-        for field, value in dataclasses.asdict(config).items()
-        if field in RESULT_SETTINGS
-        and before.get(field, value) != value
-        # a run may be extended, once
-        and not (field == "extra_epochs" and before[field] == 0)
-    ]
+    may_extend = {"extra_epochs"} if not before.get("extra_epochs") else set()  # a run, once
+    different = changed_settings(before, config, RESULT_SETTINGS - may_extend)
     if different:
         raise UserError(
             f"run {config.name} was begun with other settings ({'; '.join(different)}): give it "

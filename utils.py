@@ -25,9 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import tyro
 
@@ -378,13 +378,13 @@ def parse_options(options_class: type[Options], description: str = "") -> Option
 
 
 def _recipe_named(arguments: list[str]) -> str:
-    """The recipe that the command line asks for; a wrong name is left for tyro to refuse."""
+    """The recipe that the command line asks for last; a wrong name is left for tyro to refuse."""
+    recipe = "reference"
     for position, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == "--recipe":
-            value = value if equals else "".join(arguments[position + 1 : position + 2])
-            return value if value in RECIPES else "reference"
-    return "reference"
+            recipe = value if equals else "".join(arguments[position + 1 : position + 2])
+    return recipe if recipe in RECIPES else "reference"
 
 
 def as_arguments(config: Config) -> list[str]:
@@ -444,9 +444,28 @@ def check_config(config: Config) -> None:
         raise UserError(f"crop_min_scale is {config.crop_min_scale}: it must be above 0, at most 1")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed is {config.seed}: it must be 0 or more, below 2^63")
+    _check_choices(config)
     _check_px(config)
     _check_budget(config)
     run_folder(config.runs_folder, config.name)
+
+
+def changed_settings(
+    before: Mapping[str, Any], config: Config, names: Collection[str]
+) -> list[str]:
+    """In words, each of the named settings that is not as before, where it may be missing."""
+    return [
+        f"{name} was {before[name]}, is {value}"
+        for name, value in dataclasses.asdict(config).items()
+        if name in names and before.get(name, value) != value
+    ]
+
+
+def _check_choices(config: Config) -> None:
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), get_args(field.type)
+        if choices and value not in choices:
+            raise UserError(f"{field.name} is {value!r}: it must be one of {', '.join(choices)}")
 
 
 def _check_px(config: Config) -> None:
@@ -572,7 +591,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, atomically, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

@@ -123,6 +123,8 @@ def test_without_a_first_size_all_crops_have_the_same() -> None:
         ({"cutmix_alpha": math.inf}, "cutmix_alpha is inf"),
         ({"erase_probability": 1.1}, "erase_probability is 1.1: it must be at most 1"),
         ({"erase_probability": math.nan}, "erase_probability is nan"),
+        ({"optimizer": "sdg"}, "optimizer is 'sdg': it must be one of sgd, muon"),
+        ({"precision": "fp64"}, "precision is 'fp64': it must be one of auto, fp16, bf16, fp32"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changed: dict[str, float], says: str) -> None:
@@ -181,7 +183,14 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dataclasses.asdict(parse(monkeypatch, *arguments)) == changed
 
 
-@pytest.mark.parametrize("arguments", [["--recipe", "quickstart"], ["--recipe=quickstart"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--recipe", "quickstart"],
+        ["--recipe=quickstart"],
+        ["--recipe", "fast", "--recipe", "quickstart"],
+    ],
+)
 def test_a_recipe_sets_the_defaults(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     config = parse(monkeypatch, *arguments, "--max_lr", "0.25")
     assert config == dataclasses.replace(RECIPES["quickstart"].config, max_lr=0.25)

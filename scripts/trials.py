@@ -10,13 +10,16 @@ of percentages, a second table says how long each had trained when it first vali
 
 Every run is `trainer.py` in a process of its own, one after another, seed by seed, so that a trial
 that is broken off has as many of each variant as of the others. The same command goes on where it
-was, inside a run too. Each run's end, failures included, is a line of the log beside the plan,
-PLAN.jsonl: settings, counts, time, commit, versions and hardware. The table beside it, PLAN.md, is
-made from the log: top-1 of the last epoch (not of the best, which would favour the noisy), its mean
-and standard deviation, and the difference from the first variant with its 95 % interval.
+was, inside a run too, and several may share a plan's variants or seeds. Each run's end, failures
+included, is a line of the log beside the plan, PLAN.jsonl: settings, counts, time, commit, versions
+and hardware. The table beside it, PLAN.md, is made from the log: top-1 of the last epoch (not of
+the best, which would favour the noisy), its mean and standard deviation, and the difference from
+the first variant with its 95 % interval.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -26,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,16 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils import (
+    EXIT_BUDGET,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     RECIPES,
+    RESULT_SETTINGS,
     Config,
     UserError,
     as_arguments,
+    changed_settings,
     check_config,
     format_duration,
     parse_options,
@@ -55,6 +61,8 @@ from utils import (
 
 TRAINER = Path(__file__).parent.parent / "trainer.py"
 OURS = {"name", "seed", "runs_folder"}  # settings that a trial chooses itself
+# Runs in which one of these differs are not of the same variant.
+OF_A_VARIANT = (RESULT_SETTINGS | {"train_folder_name", "val_folder_name"}) - OURS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +93,13 @@ def read_plan(path: Path) -> dict[str, Config]:
     except ValueError as error:  # no text is one too
         raise UserError(f"{path} is no TOML file: {error}") from None
     unknown = plan.keys() - {"title", "top1_to_reach", "common", "variants"}
-    if unknown or not isinstance(plan.get("variants"), dict) or not plan["variants"]:
+    common, variants = plan.get("common", {}), plan.get("variants")
+    if (
+        unknown
+        or not isinstance(variants, dict)
+        or not variants
+        or not all(isinstance(settings, dict) for settings in (common, *variants.values()))
+    ):
         raise UserError(
             f"{path} needs [variants.NAME] for each variant, and may have title, top1_to_reach and "
             "[common]" + f", not {', '.join(sorted(unknown))}" * bool(unknown)
@@ -93,9 +107,16 @@ def read_plan(path: Path) -> dict[str, Config]:
     wanted = plan.get("top1_to_reach", [])
     if not isinstance(wanted, list) or not all(type(one) in (int, float) for one in wanted):
         raise UserError(f"{path}: top1_to_reach is {wanted!r}, and must be a list of percentages")
+    folders: dict[str, str] = {}
+    for name in variants:
+        if (other := folders.setdefault(run_name(name, 0), name)) != name:
+            raise UserError(
+                f"{path}: the runs of variants {other} and {name} would share a folder: name one "
+                "with other letters or digits"
+            )
     return {
-        name: _config(f"{path}, variant {name}", {**plan.get("common", {}), **settings})
-        for name, settings in plan["variants"].items()
+        name: _config(f"{path}, variant {name}", {**common, **settings})
+        for name, settings in variants.items()
     }
 
 
@@ -103,7 +124,7 @@ def _config(where: str, settings: dict[str, Any]) -> Config:
     """A recipe's settings with others in their places; raises UserError."""
     settings = dict(settings)
     recipe = settings.pop("recipe", "reference")
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UserError(f"{where}: no recipe {recipe}: there are {', '.join(RECIPES)}")
     known = {field.name: field.type for field in dataclasses.fields(Config)}
     for name, value in settings.items():
@@ -160,9 +181,17 @@ def train(config: Config) -> tuple[int, bool]:
 
 
 def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str, Any]:
-    """A line of the log: what a run was, and what came of it."""
+    """A line of the log: what a run was, and what came of it.
+
+    Raises UserError where the run in its folder was, and ended, as another one.
+    """
     folder = run_folder(config.runs_folder, config.name)
     record = read_json(folder / "config.json") or {}
+    if different := changed_settings(record.get("config", {}), config, OF_A_VARIANT):
+        raise UserError(
+            f"{folder} holds another run ({'; '.join(different)}): remove it, or choose another "
+            "--runs-folder"
+        )
     path = folder / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     differing = {
@@ -199,12 +228,41 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return read_metrics(path) if path.exists() else []
 
 
+@contextlib.contextmanager
+def alone(plan: Path) -> Iterator[None]:
+    """Keeps other trials of a plan from writing its log and its table meanwhile."""
+    with plan.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def logged(path: Path, variant: str, seed: int, settings: Config) -> dict[str, Any] | None:
+    """The line of a run; raises UserError if it is of other settings than the plan has by now."""
+    for line in read_log(path):
+        if (line["variant"], line["seed"]) == (variant, seed):
+            before = {**dataclasses.asdict(Config()), **line["settings"]}
+            if different := changed_settings(before, settings, OF_A_VARIANT):
+                raise UserError(
+                    f"{variant}, seed {seed} is in {path} with other settings "
+                    f"({'; '.join(different)}): name the variant otherwise, or remove that line "
+                    "and the run's folder"
+                )
+            return line
+    return None
+
+
 def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -> int:
-    """Train what the log does not have yet; the exit code, which an interruption makes 75."""
+    """Train what the log does not have yet.
+
+    The exit code: 1 if a run has failed, 75 if one was interrupted, 76 if its budget is spent.
+    """
     failed = False
+    for variant, settings in plan.items():  # before any is trained
+        for seed in options.seeds:
+            logged(log_path, variant, seed, settings)
     for seed, (variant, settings) in itertools.product(options.seeds, plan.items()):
-        done = [(line["variant"], line["seed"]) for line in read_log(log_path)]
-        if (variant, seed) in done:
+        if line := logged(log_path, variant, seed, settings):
+            failed = failed or line["ended"] != "finished"
             continue
         config = dataclasses.replace(
             settings,
@@ -218,8 +276,19 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
             return EXIT_INTERRUPTED
         if exit_code == EXIT_USER_ERROR:  # which is the user's to mend, and no result
             raise UserError(f"{variant}, seed {seed} did not run: the line above says why")
-        lines = [*read_log(log_path), outcome(config, seed, variant, exit_code)]
-        write_atomically(log_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        if exit_code == EXIT_BUDGET:  # with everything saved
+            return EXIT_BUDGET
+        if exit_code < 0:
+            raise UserError(
+                f"{variant}, seed {seed} was ended by signal {-exit_code} "
+                f"({signal.Signals(-exit_code).name}), from outside or for want of memory: the "
+                "same command goes on",
+                EXIT_FAILED,
+            )
+        line = outcome(config, seed, variant, exit_code)
+        with alone(options.plan):
+            lines = [*read_log(log_path), line]
+            write_atomically(log_path, "".join(json.dumps(one) + "\n" for one in lines).encode())
         failed = failed or exit_code != 0
         if is_asked:
             return EXIT_INTERRUPTED
@@ -254,7 +323,6 @@ def table(
         for name in names
     }
     results = {name: [top1(line) for line in runs] for name, runs in finished.items()}
-    base = next((name for name in names if results[name]), None)
     parts = [
         f"# {title}",
         "",
@@ -271,10 +339,10 @@ def table(
         mean = statistics.fmean(group)
         spread = f" ± {statistics.stdev(group):.2f}" if len(group) > 1 else ""
         against = ""
-        if name != base and base is not None:
-            against = f"{mean - statistics.fmean(results[base]):+.2f}"
+        if name != names[0] and results[names[0]]:
+            against = f"{mean - statistics.fmean(results[names[0]]):+.2f}"
             # Other variants' seeds may part by more, or by less: they stand in only where needed.
-            pair = [group, results[base]]
+            pair = [group, results[names[0]]]
             own = min(map(len, pair)) > 1
             deviation, freedom = pooled_deviation(pair if own else [*results.values()])
             if freedom:
@@ -378,10 +446,10 @@ def main() -> None:
     log_path = options.plan.with_suffix(".jsonl")
     chosen = {name: plan[name] for name in options.variants or plan}
     exit_code = 0 if options.report else run_trials(options, chosen, log_path)
-    lines = read_log(log_path)
     title, goals = title_and_goals(options.plan)
-    text = table(title, list(plan), lines, goals)
-    write_atomically(options.plan.with_suffix(".md"), text.encode())
+    with alone(options.plan):
+        text = table(title, list(plan), read_log(log_path), goals)
+        write_atomically(options.plan.with_suffix(".md"), text.encode())
     print(f"\n{text}")
     sys.exit(exit_code)
 

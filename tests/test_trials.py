@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +161,13 @@ def test_a_failed_run_is_kept_in_the_log_and_the_exit_code(folder: Path) -> None
         ("[variants.a]\nseed = 1", "seed is no setting that a plan may have"),
         ("[variants.a]\nepochs = 'many'", "epochs is 'many', and must be a int"),
         ("[variants.a]\nrecipe = 'slow'", "no recipe slow: there are reference, fast"),
+        ("[variants.a]\nrecipe = ['fast']", "no recipe ['fast']: there are reference, fast"),
+        ("[variants.a]\noptimizer = 'adam'", "optimizer is 'adam': it must be one of sgd, muon"),
+        ("[variants.a]\nprecision = 64", "precision is 64: it must be one of auto, fp16, bf16"),
+        ("[variants]\na = 3", "needs [variants.NAME]"),
+        ("common = 3\n[variants.a]", "needs [variants.NAME]"),
+        ("[[common]]\n[variants.a]", "needs [variants.NAME]"),
+        ("[variants.'+ mix']\n[variants.'- mix']", "variants + mix and - mix would share a folder"),
         ("[variants.a]\nepochs = 0", "variant a: epochs is 0: it must be above 0"),
         ("[variants", "is no TOML file"),
         ("colour = 1\n[variants.a]\n", "not colour"),
@@ -185,9 +196,101 @@ def test_what_would_not_run_is_told_in_a_line(folder: Path) -> None:
     assert not (folder / "nowhere.jsonl").exists()
 
 
+def check_refused(folder: Path, plan: str, complaint: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/trials/own/**/*")}
+    (folder / "own.toml").write_text(plan)
+    log = read(folder, "own") if (folder / "own.jsonl").exists() else None
+    done = run(folder, "own.toml", "--seeds", 0)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert complaint in done.stderr.splitlines()[-1]
+    assert log == (read(folder, "own") if (folder / "own.jsonl").exists() else None)
+    for path, changed in before.items():
+        assert path.stat().st_mtime_ns == changed, path
+
+
+def test_a_run_is_not_taken_for_one_of_other_settings_or_images(folder: Path) -> None:
+    plan = f"{COMMON}[variants.plain]\n".replace("epochs = 2", "epochs = 1")
+    (folder / "own.toml").write_text(plan)
+    assert run(folder, "own.toml", "--seeds", 0).returncode == 0
+    shutil.copytree(folder / "images", folder / "others", dirs_exist_ok=True)
+    of_others = plan.replace("images/", "others/")
+    longer = plan.replace("epochs = 1", "epochs = 3")
+    check_refused(folder, longer, "own.jsonl with other settings (epochs was 1, is 3): name the")
+    check_refused(folder, of_others, "(train_folder_name was images/train, is others/train; val_f")
+    # What changes no result is free.
+    (folder / "own.toml").write_text(f"{plan}workers = 1\n")
+    assert run(folder, "own.toml", "--seeds", 0).returncode == 0
+    # The run is there, but not its line: the trainer itself compares no folders, for they may move.
+    (folder / "own.jsonl").unlink()
+    check_refused(folder, of_others, "plain-seed0 holds another run (train_folder_name was images/")
+
+
+def test_a_run_whose_budget_is_spent_goes_on_with_a_higher_one(folder: Path) -> None:
+    plan = f"{COMMON}[variants.paid]\n".replace("price_per_hour = 0.0", "price_per_hour = 1e4")
+    path = folder / "paid.toml"
+    path.write_text(f"{plan}budget_usd = 0.01\n")
+    done = run(folder, "paid.toml", "--seeds", 0)
+    assert done.returncode == 76, done.stdout + done.stderr
+    assert "is spent" in done.stdout + done.stderr and not path.with_suffix(".jsonl").exists()
+    path.write_text(f"{plan}budget_usd = 1e4\n")
+    assert run(folder, "paid.toml", "--seeds", 0).returncode == 0
+    (line,) = read(folder, "paid")
+    assert (line["ended"], line["epochs"]) == ("finished", 2)
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """Trials of a plan with two variants, whose trainer is a script."""
+    (tmp_path / "plan.toml").write_text(PLAN)
+    options = trials.TrialOptions(tmp_path / "plan.toml", (0,), runs_folder=tmp_path / "runs")
+
+    def run_trials(trainer: str) -> int:
+        (tmp_path / "trainer.py").write_text(trainer)
+        monkeypatch.setattr(trials, "TRAINER", tmp_path / "trainer.py")
+        plan = trials.read_plan(options.plan)
+        return trials.run_trials(options, plan, tmp_path / "plan.jsonl")
+
+    return run_trials
+
+
+def test_a_trainer_that_the_system_kills_has_not_failed(
+    run_here: Callable[[str], int], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"plain, seed 0 was ended by signal 9 .SIGKILL.*goes on"):
+        run_here("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert not (tmp_path / "plan.jsonl").exists()
+    assert run_here("raise SystemExit(1)\n") == 1
+    assert [line["ended"] for line in read(tmp_path)] == ["failed with exit code 1"] * 2
+    assert run_here("raise AssertionError('not again')\n") == 1  # a failure stays one
+
+
+def test_trials_that_share_a_plan_lose_no_line(
+    run_here: Callable[[str], int], tmp_path: Path
+) -> None:
+    log, ended = tmp_path / "plan.jsonl", tmp_path / "ended"
+    held = threading.Event()
+
+    def write_a_line_slowly() -> None:
+        with trials.alone(tmp_path / "plan.toml"):
+            held.set()
+            lines = trials.read_log(log)
+            while not ended.exists():
+                time.sleep(0.02)
+            time.sleep(0.5)  # in which the other line is not to be written
+            lines.append(a_line("another", 700))
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    others = threading.Thread(target=write_a_line_slowly, daemon=True)
+    others.start()
+    assert held.wait(60)
+    assert run_here(f"import pathlib\npathlib.Path({os.fspath(ended)!r}).touch()\n") == 0
+    assert [line["variant"] for line in read(tmp_path)] == ["another", "plain", "smooth, averaged"]
+
+
 def a_line(variant: str, correct1: int, **settings: float) -> dict:
     return {
         "variant": variant,
+        "seed": 0,
         "ended": "finished",
         "epochs": 5,
         "settings": settings,
@@ -225,6 +328,12 @@ def test_the_tables_figures_are_those_of_scipy() -> None:
     assert f"differences below {least:.2f} points cannot be told from chance" in text
     share = statistics.fmean([*a, *b, *wild, *single]) / 100
     assert f"uncertain by {100 * math.sqrt(share * (1 - share) / 1000):.2f} points" in text
+
+
+def test_nothing_takes_the_place_of_a_first_variant_without_a_result() -> None:
+    text = trials.table("Title", ["a", "b", "c"], [a_line("b", 700), a_line("c", 720)])
+    (row,) = [row for row in text.splitlines() if row.startswith("| c |")]
+    assert row.startswith("| c | 72.00 % | 1 | 72.00 |  | 5 |")
 
 
 def test_single_runs_are_not_compared_as_if_their_spread_were_known() -> None:

@@ -306,7 +306,8 @@ def draw_classes(panel: Axes, rows: Sequence[dict[str, Any]]) -> None:
             verticalalignment="center",
             fontsize=size,
         )
-    names = [textwrap.shorten(row["label"], 26, placeholder="…") for row in rows]
+    labels = [row["label"] for row in rows]
+    names = [label if len(label) <= 26 else f"{label[:25].rstrip()}…" for label in labels]
     panel.set_yticks(places, names, fontsize=size, parse_math=False)
     panel.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xlabel="top-1 accuracy")
     panel.grid(axis="y", visible=False)

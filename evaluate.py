@@ -108,6 +108,7 @@ class Subject(NamedTuple):
     labels: list[str]  # of the classes, for people
     config: Config  # of the run or the export, with what the options change
     device: torch.device
+    sha256: str  # of the file
 
 
 # ------------------------------------------------------------------------------ the model
@@ -137,7 +138,7 @@ def load_subject(options: EvaluationOptions, folder: Path | None) -> Subject:
     path = options.model or folder / f"{options.weights}.pt"
     if not path.is_file():
         raise UserError(f"no file {path}: train first, with python3 trainer.py")
-    kind = evaluated_model.kind_of(path)
+    kind, digest = evaluated_model.kind_of(path), sha256(path)
     if kind == "weights":
         if run is None:
             raise UserError(f"{path} does not say what its classes are: name its run with --name")
@@ -147,7 +148,7 @@ def load_subject(options: EvaluationOptions, folder: Path | None) -> Subject:
         engine.choose_precision(config, device)  # refuses what the device cannot do
         predict = evaluated_model.load_checkpoint(path, len(classes), device)
         labels = evaluated_model.class_names(classes, human_names(classes))
-        return Subject(path, kind, predict, classes, labels, config, device)
+        return Subject(path, kind, predict, classes, labels, config, device, digest)
     if options.precision != "fp32":
         raise UserError(f"precision is {options.precision}, but exports compute in fp32")
     if kind == "onnx" and options.device == "cuda":
@@ -162,7 +163,14 @@ def load_subject(options: EvaluationOptions, folder: Path | None) -> Subject:
     for px in dict.fromkeys((export["input_px"], config.val_px, *options.sizes)):
         evaluated_model.check_size(path, predict, export, px, device)
     labels = evaluated_model.class_names(export["classes"], export["labels"])
-    return Subject(path, kind, predict, tuple(export["classes"]), labels, config, device)
+    classes = tuple(export["classes"])
+    return Subject(path, kind, predict, classes, labels, config, device, digest)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file as it is now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings(options: EvaluationOptions, config: Config) -> Config:
@@ -308,6 +316,8 @@ def main() -> None:
         raise UserError(f"{options.model} belongs to no run: name a folder with --output")
     check_writable(output, "--output")
     subject = load_subject(options, folder)
+    if sha256(subject.path) != subject.sha256:
+        raise UserError(f"{subject.path} was replaced while it was read: try again")
     config, (val_set, said) = subject.config, open_images(subject)
     print(f"evaluating {subject.path} on {len(val_set):,} images of {val_set.folder}")
     started = time.monotonic()
@@ -325,7 +335,7 @@ def main() -> None:
     result = {
         "model": str(subject.path),
         "kind": subject.kind,
-        "model_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
+        "model_sha256": subject.sha256,
         "val_folder_name": config.val_folder_name,
         "protocol": protocol(config, options.flip_average) + said,
         **summary,

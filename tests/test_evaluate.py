@@ -454,6 +454,17 @@ def assert_nothing_cut_off(figure: Figure) -> None:
     assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
 
 
+def test_long_names_of_classes_can_be_told_apart() -> None:
+    labels = ["n02105855_Shetland_sheepdog_Sheltie", "n02105856_Shetland_sheepdog_Sheltie"]
+    answers = crafted([0, 1], [0, 1], [0.9, 0.9])
+    pairs = error_analysis.confused_pairs(answers, labels, labels)
+    rows = error_analysis.per_class(answers, labels, labels, pairs)
+    panel = Figure().add_subplot()
+    error_analysis.draw_classes(panel, rows)
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    assert names == [f"{label[:25]}…" for label in labels]
+
+
 @pytest.mark.parametrize("count", [2, 10, 25, 1000])
 def test_nothing_is_cut_off(count: int) -> None:
     names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
@@ -643,6 +654,32 @@ def test_bad_images_are_left_out_when_asked(
     found = result_of(tmp_path)
     assert found["val_images"] == 1
     assert "fp32; unreadable images left out: 1; images of 1 of the" in found["protocol"]
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_named_in_its_place(
+    runs: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(runs / "tiny", tmp_path / "runs/tiny")
+    weights = tmp_path / "runs/tiny/best.pt"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    def replace_after(step: str) -> None:
+        original = getattr(evaluate, step)
+
+        def replacing(*arguments):
+            done = original(*arguments)
+            weights.write_bytes(weights.read_bytes() + b"newer")
+            return done
+
+        monkeypatch.setattr(evaluate, step, replacing)
+
+    replace_after("ask")
+    run_main(monkeypatch, "--runs-folder", tmp_path / "runs", "--output", tmp_path / "out")
+    assert result_of(tmp_path / "out")["model_sha256"] == before
+    weights.write_bytes((runs / "tiny/best.pt").read_bytes())
+    replace_after("load_subject")
+    with pytest.raises(UserError, match=r"best\.pt was replaced while it was read: try again"):
+        run_main(monkeypatch, "--runs-folder", tmp_path / "runs", "--output", tmp_path / "out")
 
 
 def test_answers_that_are_no_numbers_end_it(runs: Path, tmp_path: Path, monkeypatch) -> None:

@@ -93,11 +93,14 @@ def of_one_core(path: Path, kind: str, name: str) -> dict[int, float]:
     record = read_json(path)
     if record is None:
         raise UserError(f"no {path}: run scripts/benchmark_data.py with --output {path}")
-    found = {
-        row["px"]: row[kind][name]["median"]
-        for row in record["results"]
-        if row["cores"] == 1 and name in row[kind]
-    }
+    try:
+        found = {
+            row["px"]: row[kind][name]["median"]
+            for row in record["results"]
+            if row["cores"] == 1 and name in row[kind]
+        }
+    except (TypeError, KeyError):
+        raise UserError(f"{path} is not what scripts/benchmark_data.py --output writes") from None
     if not found:
         raise UserError(f"{path} has not {name!r} on one core: measure that with --cores 1")
     return found
@@ -116,11 +119,14 @@ def gpu_rates(options: EstimateOptions) -> dict[int, float]:
     try:
         if record["hardware"]["gpu"] is None:
             raise UserError(f"{options.step_benchmark} was measured without a GPU")
-        return {row["px"]: row["ours_img_per_s"]["median"] for row in record["sizes"]}
+        sizes = {row["px"]: row["ours_img_per_s"]["median"] for row in record["sizes"]}
     except (TypeError, KeyError):
         raise UserError(
             f"{options.step_benchmark} is not what scripts/benchmark_step.py --output writes"
         ) from None
+    if not sizes:
+        raise UserError(f"{options.step_benchmark} has no size: its measurement was broken off")
+    return sizes
 
 
 def gpu_rate(rates: dict[int, float], px: int) -> float:
@@ -214,6 +220,9 @@ def main() -> None:
     for name in ("gpu_img_per_s", "core_per_vcpu", "spot_share"):
         if not getattr(options, name) > 0:
             raise UserError(f"{name} is {getattr(options, name)}: it must be above 0")
+    usual = RECIPES[options.config.recipe].config
+    if options.config.epochs != usual.epochs or options.config.extra_epochs:
+        raise UserError("epochs are those of --epochs-to-show here: give their number with that")
     core = of_one_core(options.data_benchmark, "img_per_s", PLAIN)
     shares = of_one_core(options.augmented_data_benchmark, "ratios", f"{AUGMENTED} / {PLAIN}")
     augmented = {px: share * core_rate(core, px) for px, share in shares.items()}

@@ -149,6 +149,9 @@ def test_a_gpus_measured_rates_take_the_place_of_the_published_one(tmp_path: Pat
     hours = 10 * (1_281_167 + 50_000 / 3) / 2000 / 3600
     assert rows(answer.stdout)[0][3] == f"{hours:.1f}"
 
+    path.write_text(json.dumps({**record, "sizes": []}))
+    refused = estimate(tmp_path, "--step-benchmark", str(path))
+    assert refused.returncode == 2 and "has no size: its measurement was broken" in refused.stderr
     path.write_text(json.dumps({**record, "hardware": {"gpu": None}}))
     refused = estimate(tmp_path, "--step-benchmark", str(path))
     assert refused.returncode == 2 and "was measured without a GPU" in refused.stderr
@@ -165,6 +168,9 @@ def test_a_gpus_measured_rates_take_the_place_of_the_published_one(tmp_path: Pat
         (("--step-benchmark", "none.json"), "none.json is not what scripts/benchmark_step.py"),
         (("--gpu-img-per-s", "0"), "gpu_img_per_s is 0.0: it must be above 0"),
         (("--epochs-to-show", "0"), "epochs is 0: it must be above 0"),
+        (("--epochs", "90"), "epochs are those of --epochs-to-show here"),
+        (("--extra-epochs", "2"), "epochs are those of --epochs-to-show here"),
+        (("--data-benchmark", "benchmarks/save.json"), "is not what scripts/benchmark_data.py"),
     ],
 )
 def test_mistakes_end_in_one_line(

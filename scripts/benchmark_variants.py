@@ -86,6 +86,20 @@ def turn(run: engine.Run, config: Config, images: ImageSet, steps: int) -> dict[
     return step_s
 
 
+def summary(plan: dict[str, Config], turns: dict[str, list[dict[int, float]]]) -> dict[str, Any]:
+    """Of each variant the rate, its ratio to the first's, and the seconds of a step, by rounds."""
+    rates = {name: [img_per_s(plan[name], step_s) for step_s in turns[name]] for name in plan}
+    first = next(iter(rates.values()))
+    return {
+        name: {
+            "img_per_s": spread(rates[name], 2),
+            "ratio": spread(quotients(rates[name], first), 3),
+            "step_s": [{px: round(s, 4) for px, s in each.items()} for each in turns[name]],
+        }
+        for name in plan
+    }
+
+
 def main() -> None:
     """Give all variants their turns, print, write."""
     options = parse_options(BenchmarkOptions, __doc__)
@@ -105,7 +119,15 @@ def main() -> None:
             )
         runs[name] = engine.new_run(config, len(images.classes))
         runs[name].model.train()
-    first, first_run = next(iter(runs.items()))
+    first = next(iter(runs.values()))
+    record: dict[str, Any] = {
+        "plan": options.plan.name,
+        "rounds": 0,
+        "block_steps": options.block_steps,
+        "threads": torch.get_num_threads(),
+        "hardware": preflight.describe_hardware(first.device, first.precision),
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
     turns: dict[str, list[dict[int, float]]] = {name: [] for name in plan}
     for number in range(options.rounds + 1):
         for name, config in plan.items():
@@ -113,26 +135,16 @@ def main() -> None:
             if number:  # the first round picks kernels, and compiles
                 turns[name].append(step_s)
         log.info("%d of %d rounds", number, options.rounds)
-    rates = {name: [img_per_s(plan[name], step_s) for step_s in turns[name]] for name in plan}
-    record: dict[str, Any] = {
-        "plan": options.plan.name,
-        "rounds": options.rounds,
-        "block_steps": options.block_steps,
-        "threads": torch.get_num_threads(),
-        "hardware": preflight.describe_hardware(first_run.device, first_run.precision),
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
-        "variants": {},
-    }
-    for name, values in rates.items():
-        rate, ratio = spread(values, 2), spread(quotients(values, rates[first]), 3)
-        step_s = [{px: round(one, 4) for px, one in one_turn.items()} for one_turn in turns[name]]
-        record["variants"][name] = {"img_per_s": rate, "ratio": ratio, "step_s": step_s}
+        if number:
+            record |= {"rounds": number, "variants": summary(plan, turns)}
+            if options.output:
+                write_json(options.output, record)
+    for name, found in record["variants"].items():
         log.info(
             "%-50s  %7.1f img/s  %.3f of the first's (%.3f to %.3f)",
-            name, rate["median"], *(ratio[part] for part in ("median", "min", "max")),
+            name, found["img_per_s"]["median"],
+            *(found["ratio"][part] for part in ("median", "min", "max")),
         )  # fmt: skip
-    if options.output:
-        write_json(options.output, record)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def write_plan(folder: Path) -> Path:
 def test_every_variant_is_timed_at_each_of_its_sizes_and_set_against_the_first(
     tmp_path: Path,
 ) -> None:
-    plan, output = write_plan(tmp_path), tmp_path / "variants.json"
+    plan, output = write_plan(tmp_path), tmp_path / "made/variants.json"
     done = run_stage_command(
         SCRIPT, plan, "--rounds", 3, "--block-steps", 2, "--output", output, timeout=240
     )

@@ -132,7 +132,8 @@ def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step() -> None:
 
 
 def test_only_what_has_one_dimension_is_spared_weight_decay() -> None:
-    run = engine.new_run(dataclasses.replace(RECIPES["fast"].config, precision="fp32"), 3)
+    changed = {"precision": "fp32", "decay_norm_and_bias": False}
+    run = engine.new_run(dataclasses.replace(RECIPES["fast"].config, **changed), 3)
     assert isinstance(run.optimizer, Muon)
     names = {parameter: name for name, parameter in run.model.model.named_parameters()}
     groups = {

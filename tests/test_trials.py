@@ -25,6 +25,9 @@ import trials
 
 from utils import RECIPES, UserError
 
+COMMITTED = sorted(
+    log.with_suffix(".toml") for log in (REPOSITORY / "benchmarks/trials").glob("*.jsonl")
+)
 # The script, whose trainers are quick starts.
 PROGRAM = f"""
 import subprocess, sys
@@ -334,6 +337,18 @@ def test_nothing_takes_the_place_of_a_first_variant_without_a_result() -> None:
     text = trials.table("Title", ["a", "b", "c"], [a_line("b", 700), a_line("c", 720)])
     (row,) = [row for row in text.splitlines() if row.startswith("| c |")]
     assert row.startswith("| c | 72.00 % | 1 | 72.00 |  | 5 |")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_log_is_of_its_plan_and_the_table_of_its_log(path: Path) -> None:
+    plan, log = trials.read_plan(path), path.with_suffix(".jsonl")
+    lines = trials.read_log(log)
+    assert {line["variant"] for line in lines} <= set(plan)
+    for line in lines:
+        variant, seed = line["variant"], line["seed"]
+        assert trials.logged(log, variant, seed, plan[variant]) == line  # once, with its settings
+    title, goals = trials.title_and_goals(path)
+    assert trials.table(title, list(plan), lines, goals) == path.with_suffix(".md").read_text()
 
 
 def test_single_runs_are_not_compared_as_if_their_spread_were_known() -> None:

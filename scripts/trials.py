@@ -60,7 +60,8 @@ from utils import (
 )
 
 TRAINER = Path(__file__).parent.parent / "trainer.py"
-OURS = {"name", "seed", "runs_folder"}  # settings that a trial chooses itself
+# Settings that a trial chooses itself; and a plan says what the learning rate is.
+OURS = {"name", "seed", "runs_folder", "max_lr_from_finder"}
 # Runs in which one of these differs are not of the same variant.
 OF_A_VARIANT = (RESULT_SETTINGS | {"train_folder_name", "val_folder_name"}) - OURS
 

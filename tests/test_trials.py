@@ -162,6 +162,7 @@ def test_a_failed_run_is_kept_in_the_log_and_the_exit_code(folder: Path) -> None
         ("variants = 3", "needs [variants.NAME]"),
         ("[variants.a]\nlearning_rate = 1.0", "learning_rate is no setting"),
         ("[variants.a]\nseed = 1", "seed is no setting that a plan may have"),
+        ("[variants.a]\nmax_lr_from_finder = true", "max_lr_from_finder is no setting that"),
         ("[variants.a]\nepochs = 'many'", "epochs is 'many', and must be a int"),
         ("[variants.a]\nrecipe = 'slow'", "no recipe slow: there are reference, fast"),
         ("[variants.a]\nrecipe = ['fast']", "no recipe ['fast']: there are reference, fast"),

@@ -451,7 +451,7 @@ def check_config(config: Config) -> None:
 def changed_settings(
     before: Mapping[str, Any], config: Config, names: Collection[str]
 ) -> list[str]:
-    """In words, each of the named settings that is not as before, where it may be missing."""
+    """In words, each of the named settings that is not as before; what that lacks is unchanged."""
     return [
         f"{name} was {before[name]}, is {value}"
         for name, value in dataclasses.asdict(config).items()

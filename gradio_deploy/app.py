@@ -191,6 +191,13 @@ def make_page(
         """
         return look(upload, None)
 
+    def classify_if_any(upload: Any) -> tuple[dict[str, float] | None, str, Image.Image | None]:
+        """The answer to a picture, or nothing where the visitor has removed it.
+
+        Choosing the webcam removes it too: a picture set from here would end the webcam.
+        """
+        return classify(upload) if upload else (None, "", None)
+
     def look(upload: Any, chosen: int | None) -> tuple[dict[str, float], str, Image.Image | None]:
         """The answer, with a heat map of the class at index `chosen`; None: of the likeliest."""
         path = uploaded_file(upload, uploads)
@@ -265,11 +272,15 @@ def make_page(
                     elem_id="heat",
                     buttons=["download", "fullscreen"],
                 )
-        ask = {"fn": classify, "inputs": picture, "outputs": [answer, took, heat]}
+        ask = {"inputs": picture, "outputs": [answer, took, heat]}
         ask["preprocess"] = False  # else Gradio opens the file, and shows "Error" if it cannot
         ask["trigger_mode"] = "always_last"  # a second picture gets its answer after the first
         ask["scroll_to_output"] = True  # on a phone the answer lies below the picture
-        asked = gr.on([button.click, picture.input], **ask, api_name="classify")
+        ask["concurrency_id"] = "model"
+        asked = [
+            button.click(classify, **ask, api_name="classify"),
+            picture.input(classify_if_any, **ask, api_visibility="private"),
+        ]
         if explained:
             answer.select(
                 explain, picture, [took, heat], preprocess=False, api_visibility="private"
@@ -281,15 +292,12 @@ def make_page(
         if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in formats]:
             with below:
                 examples = gr.Examples(shown, inputs=picture, cache_examples=False)
-            examples.load_input_event.then(**ask, api_visibility="private")
+            examples.load_input_event.then(classify, **ask, api_visibility="private")
 
         # No answer may stay beside a picture that it does not belong to.
-        blank = {
-            "fn": lambda: (None, None, "", None),
-            "outputs": [picture, answer, took, heat],
-        }
-        picture.clear(**blank, api_visibility="private")
-        asked.failure(**blank, api_visibility="private")
+        blank = {"fn": lambda: (None, None, "", None), "outputs": [picture, answer, took, heat]}
+        for event in asked:
+            event.failure(**blank, api_visibility="private")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 

@@ -322,6 +322,26 @@ def test_a_webcams_picture_is_answered(page: Page) -> None:
     expect_text(page, re.compile(r"^Answered in "))
 
 
+def test_a_late_answer_does_not_end_the_webcam(page: Page, tmp_path: Path) -> None:
+    upload(page, save(tmp_path / "leaf.png", GREEN))
+    expect_answer(page, "green")
+    late: list[Route] = []
+    opened = False
+    page.route("**/queue/join*", lambda route: route.continue_() if opened else late.append(route))
+    page.get_by_role("button", name="Capture from camera").click()  # it removes the leaf
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
+    video = page.locator("#picture video").element_handle()
+    opened = True
+    for route in late:
+        route.continue_()
+    expect(page.get_by_test_id("label-output-value")).to_have_count(0, timeout=ANSWER_LIMIT_MS)
+    expect(page.get_by_text("Choose a picture first.")).to_have_count(0)
+    assert video.evaluate("video => video.isConnected && video.videoWidth > 0")
+    page.get_by_role("button", name="capture photo").click()
+    expect_text(page, re.compile(r"^Answered in "))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_on_a_phone(browser: Browser, app: App, scheme: str, tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}

@@ -312,7 +312,7 @@ def main() -> None:
     page = make_page(session, export, FOLDER)
     # The visitor's own font: nothing to load, and every weight is there.
     theme = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
-    # Gradio 6.20 serves a clicked example only from the current folder or an allowed one.
+    # Gradio serves a clicked example only from the current folder or an allowed one.
     examples = str(FOLDER / "examples")
     page.launch(
         theme=theme,

@@ -163,6 +163,8 @@ def describe_run(
     )  # fmt: skip
     if hardware["processes"] > 1:
         log.info("%s", distributed.describe(config))
+    if config.compile:
+        log.info("the first step of each size of the crops is compiled, which can take minutes")
 
 
 # ------------------------------------------------------------------------------ the dry run

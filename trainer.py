@@ -364,6 +364,7 @@ def report(
     heed: distributed.Heed,
 ) -> None:
     """Evaluate the best weights once more, as read from the disk and in fp32; write result.json."""
+    log.info("evaluating best.pt once more, in fp32")
 
     def load() -> ResNet50Wrapper:
         try:

@@ -135,6 +135,7 @@ class Progress:
         self.run, self.config, self.train_set = run, config, train_set
         self.steps = steps_per_epoch(config, train_set)
         self.epoch = len(run.history)
+        self.first_step = run.step
         self.told_at, self.told_step = time.monotonic(), run.step
 
     def __enter__(self) -> "Progress":
@@ -156,6 +157,10 @@ class Progress:
         """
         run, config = self.run, self.config
         self.bar.update()
+        if config.compile and run.step == self.first_step + 1:
+            # Compiling took most of it, which is no rate to reckon with.
+            self.told_at, self.told_step = now, run.step
+            return
         if now - self.told_at < config.log_interval_s or not distributed.is_main():
             return
         totals = engine.read_totals(run.totals, "train")

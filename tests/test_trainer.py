@@ -1,8 +1,10 @@
 """Training runs: what they leave, that they are exact, and that they go on where they were."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import math
 import shutil
 import signal
@@ -21,6 +23,7 @@ from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_com
 import augment
 import checkpoint
 import data
+import engine
 import image_files
 import trainer
 from utils import Config, learning_rate
@@ -121,6 +124,27 @@ def outcome(settings: dict[str, object]) -> dict[str, object]:
         "rows": [{key: row[key] for key in row if key not in TIMES} for row in rows],
         "result": {key: result[key] for key in result if key not in ("elapsed_s", "price_usd")},
     }
+
+
+def test_the_step_that_compiles_counts_in_no_rate(
+    settings: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An hour of compiling, then two steps of 4 s and 8 images: 2 img/s, and three are left."""
+    config = Config(**settings, log_interval_s=5.0)
+    train_set, _, _ = image_files.open_images(config)
+    run = engine.new_run(config, 3)
+    run.model.train()
+    compiles = dataclasses.replace(config, compile=True)
+    caplog.set_level(logging.DEBUG)
+    with trainer.Progress(run, compiles, train_set) as progress:
+        now = progress.told_at + 3600
+        for batch, labels in data.train_batches(train_set, config, 0, 0):
+            engine.train_step(run, batch, labels, 0.01)
+            progress.tell(now)
+            now += 4
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "step 3/3" in line
+    assert "  2 img/s  ETA 12 s" in line
 
 
 def test_a_run_leaves_what_the_readme_says(settings: dict[str, object]) -> None:

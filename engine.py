@@ -153,7 +153,7 @@ def new_run(config: Config, num_classes: int) -> Run:
     precision = choose_precision(config, device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = ResNet50Wrapper(num_classes, config.zero_init_residual)
+    model = ResNet50Wrapper(num_classes, config.zero_init_residual, config.blurpool)
     model = model.to(device, memory_format=torch.channels_last)
     if config.sync_batchnorm:
         distributed.synchronise_batchnorm(model, device)

@@ -17,20 +17,45 @@ class ResNet50Wrapper(torch.nn.Module):
 
     Input (N, 3, H, W) normalised with ImageNet's mean and deviation; output (N, num_classes)
     logits. He et al., arXiv 1512.03385. With zero_init_residual the last BatchNorm of every
-    residual branch starts at zero (Goyal et al., arXiv 1706.02677).
+    residual branch starts at zero (Goyal et al., arXiv 1706.02677). With blurpool the input of each
+    strided convolution but the first is blurred (Zhang, arXiv 1904.11486).
     """
 
-    def __init__(self, num_classes: int = 1000, zero_init_residual: bool = False) -> None:
+    def __init__(
+        self, num_classes: int = 1000, zero_init_residual: bool = False, blurpool: bool = False
+    ) -> None:
         super().__init__()
         import torchvision  # takes a second or more, in which a mistake is answered already
 
         self.model = torchvision.models.resnet50(
             num_classes=num_classes, zero_init_residual=zero_init_residual
         )
+        if blurpool:
+            self._blur_before_strides()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of a batch."""
         return self.model(images)
+
+    def _blur_before_strides(self) -> None:
+        # Among the weights, so that nobody takes them for those of a network that does not blur.
+        self.model.register_buffer("blurpool", torch.tensor(1))
+        for module in self.model.modules():
+            if module is not self.model.conv1 and getattr(module, "stride", None) == (2, 2):
+                module.register_forward_pre_hook(_blur)
+                if module.kernel_size[0] == 1:  # what is blurred and not looked at need not be
+                    module.stride = (1, 1)
+
+
+def _blur(convolution: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """(N, C, H, W) → each place's 3×3 neighbours in the mean, weighted 1-2-1 both ways.
+
+    As two means over 2×2, with zeros around. For a 1×1 convolution of every second place only.
+    """
+    (images,) = inputs
+    corners = torch.nn.functional.avg_pool2d(images, 2, stride=1, padding=1)
+    stride = 2 if convolution.kernel_size[0] == 1 else 1
+    return torch.nn.functional.avg_pool2d(corners, 2, stride=stride)
 
 
 def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
@@ -48,11 +73,11 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
         damaged = True
     if damaged:
         raise ValueError(f"{path} is damaged: its content is not what was saved")
-    model = ResNet50Wrapper(num_classes)
     try:  # what holds more than tensors is not unpickled, for it may be a program
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "optimizer" in state:
             state = state["average"] or state["model"]
+        model = ResNet50Wrapper(num_classes, blurpool="blurpool" in state)
         model.model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError, KeyError, pickle.UnpicklingError):
         classes = f"a ResNet-50 with {num_classes} classes"

@@ -151,6 +151,9 @@ class Config:
     0, each batch has one of them, with equal chance; 0: never"""
     zero_init_residual: bool = False
     """start every residual branch at zero, so that deep blocks begin as the identity"""
+    blurpool: bool = False
+    """blur what each strided convolution but the first looks at: BlurPool; the weights are then no
+    plain ResNet-50's"""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """arithmetic of the step; auto: fp16 with loss scaling on a GPU, bf16 on a CPU that has it in
     hardware, else fp32"""
@@ -188,7 +191,7 @@ RESULT_SETTINGS = frozenset(
         *("pct_start", "div_factor", "final_div_factor", "anneal_strategy", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
         *("average_steps", "crop_min_scale", "flip", "trivial_augment", "erase_probability"),
-        *("mixup_alpha", "cutmix_alpha", "zero_init_residual", "precision", "seed"),
+        *("mixup_alpha", "cutmix_alpha", "zero_init_residual", "blurpool", "precision", "seed"),
         "skip_bad_images",
     }
 )

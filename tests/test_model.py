@@ -85,6 +85,42 @@ def test_zero_init_begins_every_residual_branch_at_zero() -> None:
     assert all((weight == 1).all() for weight in usual)
 
 
+def test_blurpool_blurs_what_each_strided_convolution_but_the_first_looks_at() -> None:
+    """Against torchvision's network, whose inputs a 3×3 filter blurs, in float64; odd sizes too."""
+    ours = ResNet50Wrapper(num_classes=5, blurpool=True).double()
+    theirs = torchvision.models.resnet50(num_classes=5).double()
+    state = ours.model.state_dict()
+    with pytest.raises(RuntimeError, match="blurpool"):
+        theirs.load_state_dict(state)
+    del state["blurpool"]
+    theirs.load_state_dict(state)
+
+    weights = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=torch.float64) / 16
+
+    def blur(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        channels = inputs[0].shape[1]
+        kernel = weights.expand(channels, 1, 3, 3)
+        return torch.nn.functional.conv2d(inputs[0], kernel, padding=1, groups=channels)
+
+    blurred = [
+        f"layer{stage}.0.{name}" for stage in (2, 3, 4) for name in ("conv2", "downsample.0")
+    ]
+    for name in blurred:
+        theirs.get_submodule(name).register_forward_pre_hook(blur)
+    for px in (64, 65, 96, 100):
+        images = torch.randn(2, 3, px, px, dtype=torch.float64)
+        torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_weights_of_a_network_that_blurs_come_back_as_one(tmp_path: Path) -> None:
+    saved = ResNet50Wrapper(num_classes=7, blurpool=True).eval()
+    torch.save(saved.model.state_dict(), tmp_path / "weights.pt")
+    loaded = load_weights(tmp_path / "weights.pt", num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), saved(images))
+
+
 def test_labels_are_english_for_imagenets_folders() -> None:
     wnids = tuple(f"n{number:08d}" for number in range(1000))
     labels = human_names(wnids)

@@ -240,7 +240,10 @@ class Recipe:
     """their ImageNet top-1 in percent after so many epochs, in growing order"""
 
 
-FFCV = "libffcv/ffcv-imagenet, rn50: crops of 160 to 192 px, validated at 256 px, flip-averaged"
+FFCV = (
+    "libffcv/ffcv-imagenet, rn50 with BlurPool: crops of 160 to 192 px, validated at 256 px, "
+    "flip-averaged"
+)
 FFCV_TOP1 = ((16, 73.8), (24, 75.6), (32, 76.6), (40, 77.2), (56, 78.0), (88, 78.4))
 
 # Its plan: crops that grow, and label smoothing. What differs are orthogonalised steps, BatchNorm's

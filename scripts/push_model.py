@@ -10,7 +10,8 @@ sessions.jsonl. The repo, which is made if it is not there, gets in one commit:
 
     model.safetensors     the weights, float32, under torchvision's names
     config.json           architecture, classes and preprocessing: what
-                          timm.create_model("hf-hub:USER/REPO", pretrained=True) reads
+                          timm.create_model("hf-hub:USER/REPO", pretrained=True) reads;
+                          it has no network with this BlurPool, and refuses the weights of one
     README.md             the model card, written from the run
     training_metrics.png  its curves
 
@@ -168,6 +169,16 @@ def write_card(
     row = read_metrics(folder / "metrics.jsonl")[-1]
     data = data_name(config, classes, row)
     name = folder.resolve().name
+    network = "ResNet-50 (v1.5, as in torchvision)"
+    use = (
+        f"## Use\n\nWith torchvision:\n\n```python\n{torchvision_example(repo, config, classes)}```"
+    )
+    if config.blurpool:
+        network += (
+            " with BlurPool: the inputs of its strided convolutions but the first are blurred"
+        )
+    else:
+        use += f"\n\nWith timm:\n\n```python\n{timm_example(repo)}```"
     epochs = row["epoch"], total_epochs(config)
     state = f"{epochs[1]} epochs"
     if epochs[0] < epochs[1]:
@@ -175,14 +186,13 @@ def write_card(
     hardware = record["hardware"]
     machine = hardware.get("gpu") or hardware.get("cpu") or "a machine that was not recorded"
     parts = [
-        card_head(name, data, accuracy),
+        card_head(name, data, accuracy, config.blurpool),
         f"# {name}",
-        f"ResNet-50 (v1.5, as in torchvision), trained from scratch on {data}: {state}, on "
+        f"{network}, trained from scratch on {data}: {state}, on "
         f"{machine}. `model.safetensors` has the weights of epoch {accuracy['epoch']} "
         f"({weights}), in float32 under torchvision's names.",
         results_section(folder, config, weights, accuracy),
-        f"## Use\n\nWith torchvision:\n\n```python\n{torchvision_example(repo, config, classes)}"
-        f"```\n\nWith timm:\n\n```python\n{timm_example(repo)}```",
+        use,
         data_section(data, classes, row),
         recipe_section(config, record),
         *cost_section(folder),
@@ -191,7 +201,7 @@ def write_card(
     return "\n\n".join(parts) + "\n"
 
 
-def card_head(name: str, data: str, accuracy: dict[str, Any]) -> str:
+def card_head(name: str, data: str, accuracy: dict[str, Any], blurpool: bool) -> str:
     """What the hub's search and its table of results read; JSON strings are YAML."""
     known = "datasets:\n- imagenet-1k\n" if data == "ImageNet-1k" else ""
     kind = "imagenet-1k" if known else "custom"
@@ -199,9 +209,10 @@ def card_head(name: str, data: str, accuracy: dict[str, Any]) -> str:
         f"    - type: accuracy\n      name: top-{k} accuracy (%)\n      value: {value:.2f}\n"
         for k, value in ((1, accuracy["val_top1"]), (5, accuracy["val_top5"]))
     )
+    library, tag = ("pytorch", "") if blurpool else ("timm", "- timm\n")
     return (
-        f"---\nlicense: mit\nlibrary_name: timm\npipeline_tag: image-classification\n{known}"
-        "tags:\n- image-classification\n- timm\n- torchvision\n- resnet50\nmodel-index:\n"
+        f"---\nlicense: mit\nlibrary_name: {library}\npipeline_tag: image-classification\n{known}"
+        f"tags:\n- image-classification\n{tag}- torchvision\n- resnet50\nmodel-index:\n"
         f"- name: {json.dumps(name)}\n  results:\n  - task:\n      type: image-classification\n"
         f"    dataset:\n      type: {kind}\n      name: {json.dumps(data)}\n"
         f"      split: validation\n    metrics:\n{metrics}---"
@@ -228,10 +239,23 @@ def results_section(folder: Path, config: Config, weights: str, accuracy: dict[s
     )
 
 
+# BlurPool, for the program in a card, as model.ResNet50Wrapper has it but for a little speed.
+BLUR = """\
+def blur(convolution, inputs):
+    pool = torch.nn.functional.avg_pool2d
+    return pool(pool(inputs[0], 2, stride=1, padding=1), 2, stride=1)
+
+model.register_buffer("blurpool", torch.tensor(1))  # the weights have it, to be known by
+for stage in (model.layer2, model.layer3, model.layer4):
+    for convolution in (stage[0].conv2, stage[0].downsample[0]):
+        convolution.register_forward_pre_hook(blur)
+"""
+
+
 def torchvision_example(repo: str, config: Config, classes: list[str]) -> str:
     """A program that classifies photo.jpg with torchvision."""
     return f"""\
-import json, safetensors.torch, torchvision
+import json, safetensors.torch, torch, torchvision
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torchvision import transforms
@@ -241,7 +265,7 @@ prepare = transforms.Compose([
     transforms.ToTensor(), transforms.Normalize({list(MEAN)}, {list(STD)}),
 ])
 model = torchvision.models.resnet50(num_classes={len(classes)}).eval()
-weights = hf_hub_download("{repo}", "model.safetensors")
+{BLUR * config.blurpool}weights = hf_hub_download("{repo}", "model.safetensors")
 model.load_state_dict(safetensors.torch.load_file(weights))
 logits = model(prepare(Image.open("photo.jpg").convert("RGB"))[None])
 about = json.load(open(hf_hub_download("{repo}", "config.json")))
@@ -285,8 +309,10 @@ def recipe_section(config: Config, record: dict[str, Any]) -> str:
     precision = record["hardware"].get("precision")
     arithmetic = f" Arithmetic of the step: {precision}." if precision else ""
     commit = f" Code: commit {record['commit']}." if record["commit"] else ""
+    optimizer = {"sgd": "SGD with momentum", "muon": "Muon"}[config.optimizer]
+    annealing = {"cos": "cosine", "linear": "linear"}[config.anneal_strategy]
     return (
-        "## Recipe\n\nSGD with momentum, OneCycle with cosine annealing, cross-entropy; training "
+        f"## Recipe\n\n{optimizer}, OneCycle with {annealing} annealing, cross-entropy; training "
         "crops of random place, size and aspect.\n\n| setting | value |\n|---|---|\n"
         + "\n".join(lines)
         + f"\n\n{used}.{arithmetic}{commit}"

@@ -39,7 +39,10 @@ ROW = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run's folder, as the trainer and three starts would have left it."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def make_run(folder: Path, *, blurpool: bool = False) -> Path:
     folder.mkdir()
     config = Config(
         name="tiny",
@@ -48,6 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         val_folder_name="/home/somebody/private/val",
         val_px=64,
         val_resize_px=93,
+        blurpool=blurpool,
     )
     made = engine.new_run(config, 3)
     made.model.train()
@@ -89,16 +93,16 @@ LOADER = """if True:
     from model import load_weights
     card, weights = pathlib.Path(sys.argv[2]).read_text(), sys.argv[3]
     programs = [part.partition("```")[0] for part in card.split("```python\\n")[1:]]
-    assert len(programs) == 2
+    assert len(programs) == int(sys.argv[4])
     ours = load_weights(pathlib.Path(weights), 3).eval()
-    spaces = [{}, {}]
+    spaces = [{} for _ in programs]
     for program, space in zip(programs, spaces):
         with torch.inference_mode():
             exec(program, space)
     batch = torch.randn(5, 3, 64, 64)
     picture = spaces[0]["Image"].open("photo.jpg").convert("RGB")
-    first, second = (space["prepare"](picture) for space in spaces)
-    assert torch.equal(first, second), (first.shape, second.shape)
+    first, *others = (space["prepare"](picture) for space in spaces)
+    assert all(torch.equal(first, other) for other in others)
     with torch.inference_mode():
         for space in spaces:
             assert (ours(batch) - space["model"](batch)).abs().max() <= 1e-5
@@ -149,10 +153,17 @@ def test_what_arrives_loads_in_torchvision_and_timm(run: Path, hub: Hub, tmp_pat
         *("3 h 0 min with a machine, 1 interruption, $2.50 for the machine", "## Licence"),
     ):
         assert said in card
+    guesses = run_programs(card, run, hub, tmp_path, count=2)
+    assert guesses[-1] == "equal" and len(guesses) == 3
+    assert guesses[0] == about["label_descriptions"][guesses[1]]
+
+
+def run_programs(card: str, run: Path, hub: Hub, tmp_path: Path, count: int) -> list[str]:
+    """What the card's programs and LOADER print."""
     (tmp_path / "README.md").write_text(card)
     Image.effect_noise((150, 110), 60).convert("RGB").save(tmp_path / "photo.jpg")
     loaded = subprocess.run(
-        [sys.executable, "-c", LOADER, REPOSITORY, "README.md", run / "best.pt"],
+        [sys.executable, "-c", LOADER, REPOSITORY, "README.md", run / "best.pt", str(count)],
         cwd=tmp_path,
         env={**COMMAND_ENVIRONMENT, **environment(hub.url, tmp_path)},
         capture_output=True,
@@ -160,9 +171,32 @@ def test_what_arrives_loads_in_torchvision_and_timm(run: Path, hub: Hub, tmp_pat
         timeout=120,
     )
     assert loaded.returncode == 0, loaded.stderr
-    guesses = loaded.stdout.split()
-    assert guesses[-1] == "equal" and len(guesses) == 3
-    assert guesses[0] == about["label_descriptions"][guesses[1]]
+    return loaded.stdout.split()
+
+
+def test_a_network_with_blurpool_loads_by_its_card_and_no_other_way(
+    hub: Hub, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "tiny", blurpool=True)
+    environ = environment(hub.url, tmp_path)
+    done = run_stage_command("scripts/push_model.py", run, "user/tiny", env=environ)
+    assert done.returncode == 0, done.stderr
+    card = hub.repos["models/user/tiny"]["README.md"].decode()
+    assert "with BlurPool" in card and "| blurpool | True |" in card
+    assert "create_model" not in card and "- timm\n" not in card
+    assert run_programs(card, run, hub, tmp_path, count=1)[-1] == "equal"
+
+    refused = subprocess.run(
+        [sys.executable, "-c", push_model.timm_example("user/tiny")],
+        cwd=tmp_path,
+        env={**COMMAND_ENVIRONMENT, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        refused.returncode == 1 and 'Unexpected key(s) in state_dict: "blurpool"' in refused.stderr
+    )
 
 
 def test_a_dry_run_writes_the_folder_and_asks_nobody(run: Path, hub: Hub, tmp_path: Path) -> None:
@@ -348,3 +382,7 @@ def test_the_card_names_only_what_it_knows(run: Path) -> None:
     accuracy = {"epoch": 1, "val_top1": 1.0, "val_top5": 2.0, "val_images": 3}
     card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
     assert "**unfinished: 2 of 9 epochs**" in card and "1.00 %" in card
+    assert "SGD with momentum, OneCycle with cosine annealing" in card
+    record["config"] |= {"optimizer": "muon", "anneal_strategy": "linear"}
+    card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
+    assert "\n\nMuon, OneCycle with linear annealing" in card

@@ -21,7 +21,7 @@ import torch
 import torchvision
 import tyro
 from benchmark_step import block, quotients, spread
-from trials import read_plan
+from trials import choose, read_plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -48,6 +48,8 @@ class BenchmarkOptions:
 
     plan: tyro.conf.Positional[Path]
     """TOML file with the variants, as scripts/trials.py takes it"""
+    variants: tuple[str, ...] = ()
+    """names of the variants; all of the plan if none are named"""
     rounds: int = 5
     """turns of every variant"""
     block_steps: int = 5
@@ -106,7 +108,7 @@ def main() -> None:
     start_log(None)
     if options.rounds < 1 or options.block_steps < 1:
         raise UserError("rounds and block_steps must be 1 or more")
-    plan = read_plan(options.plan)
+    plan = choose(options.plan, read_plan(options.plan), options.variants)
     sets, runs = {}, {}
     for name, config in plan.items():
         sets[name] = images = open_image_set(config.train_folder_name, "train")

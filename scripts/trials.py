@@ -437,15 +437,20 @@ def _statement(results: dict[str, list[float]], lines: list[dict[str, Any]]) -> 
     )
 
 
+def choose(path: Path, plan: dict[str, Config], names: tuple[str, ...]) -> dict[str, Config]:
+    """The named variants of a plan, or all; raises UserError for a name that it has not."""
+    for name in names:
+        if name not in plan:
+            raise UserError(f"{path} has no variant {name}: it has {', '.join(plan)}")
+    return {name: plan[name] for name in names or plan}
+
+
 def main() -> None:
     """Train what is missing, then make the table."""
     options = parse_options(TrialOptions, __doc__)
     plan = read_plan(options.plan)
-    for name in options.variants:
-        if name not in plan:
-            raise UserError(f"{options.plan} has no variant {name}: it has {', '.join(plan)}")
+    chosen = choose(options.plan, plan, options.variants)
     log_path = options.plan.with_suffix(".jsonl")
-    chosen = {name: plan[name] for name in options.variants or plan}
     exit_code = 0 if options.report else run_trials(options, chosen, log_path)
     title, goals = title_and_goals(options.plan)
     with alone(options.plan):

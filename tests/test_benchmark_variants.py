@@ -63,6 +63,14 @@ def test_every_variant_is_timed_at_each_of_its_sizes_and_set_against_the_first(
     assert f"{mixed['img_per_s']['median']:.1f} img/s" in done.stderr + done.stdout
 
 
+def test_the_named_variants_alone_are_timed_in_their_order(tmp_path: Path) -> None:
+    plan, output = write_plan(tmp_path), tmp_path / "variants.json"
+    options = ("--rounds", 1, "--block-steps", 1, "--output", output)
+    done = run_stage_command(SCRIPT, plan, *options, "--variants", "mixed, 64 px throughout")
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(output.read_text())["variants"]) == ["mixed, 64 px throughout"]
+
+
 def test_an_epoch_counts_with_the_size_of_its_crops() -> None:
     config = Config(epochs=4, batch_size=10, train_px=64, first_train_px=32)
     assert benchmark_variants.epochs_at(config) == {32: [0, 1], 64: [2, 3]}
@@ -72,6 +80,7 @@ def test_an_epoch_counts_with_the_size_of_its_crops() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (("--variants", "small crops last"), "has no variant small crops last: it has small crops"),
         (("--block-steps", 3), "3 steps and one before them need 16 images, and "),
         (("--rounds", 0), "rounds and block_steps must be 1 or more"),
     ],

@@ -28,7 +28,7 @@ from utils import Config, UserError, learning_rate
     [
         {},
         {"first_train_px": 32, "train_px": 64},  # one in the first epoch, the other in the second
-        {"optimizer": "muon", "average_steps": 2, "label_smoothing": 0.1},
+        {"optimizer": "muon", "average_steps": 2, "label_smoothing": 0.1, "blurpool": True},
     ],
 )
 def test_a_stop_after_any_step_changes_nothing(

@@ -61,7 +61,8 @@ def _blur(convolution: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Te
 def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     """A model with the weights of a file, which bear torchvision's own names; on the CPU.
 
-    Of a checkpoint, those that are validated and kept: averaged, where the run averages.
+    With BlurPool, if they are of a network that has it. Of a checkpoint, those that are validated
+    and kept: averaged, where the run averages.
     Raises ValueError if the file is damaged, or is of another model or number of classes.
     """
     try:

@@ -460,11 +460,15 @@ def check_config(config: Config) -> None:
 def changed_settings(
     before: Mapping[str, Any], config: Config, names: Collection[str]
 ) -> list[str]:
-    """In words, each of the named settings that is not as before; what that lacks is unchanged."""
+    """In words, each of the named settings that is not as before.
+
+    What that lacks is newer, and was as by default: which changes nothing in a run.
+    """
+    before = {**dataclasses.asdict(Config()), **before}
     return [
         f"{name} was {before[name]}, is {value}"
         for name, value in dataclasses.asdict(config).items()
-        if name in names and before.get(name, value) != value
+        if name in names and before[name] != value
     ]
 
 

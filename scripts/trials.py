@@ -187,8 +187,9 @@ def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str
     Raises UserError where the run in its folder was, and ended, as another one.
     """
     folder = run_folder(config.runs_folder, config.name)
-    record = read_json(folder / "config.json") or {}
-    if different := changed_settings(record.get("config", {}), config, OF_A_VARIANT):
+    record = read_json(folder / "config.json") or {}  # a run that was refused has none
+    before = record.get("config", dataclasses.asdict(config))
+    if different := changed_settings(before, config, OF_A_VARIANT):
         raise UserError(
             f"{folder} holds another run ({'; '.join(different)}): remove it, or choose another "
             "--runs-folder"
@@ -241,8 +242,7 @@ def logged(path: Path, variant: str, seed: int, settings: Config) -> dict[str, A
     """The line of a run; raises UserError if it is of other settings than the plan has by now."""
     for line in read_log(path):
         if (line["variant"], line["seed"]) == (variant, seed):
-            before = {**dataclasses.asdict(Config()), **line["settings"]}
-            if different := changed_settings(before, settings, OF_A_VARIANT):
+            if different := changed_settings(line["settings"], settings, OF_A_VARIANT):
                 raise UserError(
                     f"{variant}, seed {seed} is in {path} with other settings "
                     f"({'; '.join(different)}): name the variant otherwise, or remove that line "

@@ -99,6 +99,11 @@ def test_settings_that_change_the_result_may_not_change() -> None:
     checkpoint.check_settings(began, Config(workers=3, log_interval_s=1, device="cpu"))
     with pytest.raises(UserError, match=r"max_lr was 0.175, is 0.2; seed was 0, is 1"):
         checkpoint.check_settings(began, Config(max_lr=0.2, seed=1))
+    # A setting that the older version had not yet was as by default.
+    older = {"config": {k: v for k, v in vars(Config()).items() if k != "blurpool"}}
+    checkpoint.check_settings(older, Config())
+    with pytest.raises(UserError, match="blurpool was False, is True"):
+        checkpoint.check_settings(older, Config(blurpool=True))
     # A run may be extended, and not again by another number.
     checkpoint.check_settings(began, Config(extra_epochs=5))
     with pytest.raises(UserError, match="extra_epochs was 5, is 6"):

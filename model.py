@@ -18,7 +18,8 @@ class ResNet50Wrapper(torch.nn.Module):
     Input (N, 3, H, W) normalised with ImageNet's mean and deviation; output (N, num_classes)
     logits. He et al., arXiv 1512.03385. With zero_init_residual the last BatchNorm of every
     residual branch starts at zero (Goyal et al., arXiv 1706.02677). With blurpool the input of each
-    strided convolution but the first is blurred (Zhang, arXiv 1904.11486).
+    strided convolution but the first is blurred, as in FFCV's recipe (after Zhang, arXiv
+    1904.11486, who blurs what a convolution of stride 1 gives, and maximum pooling too).
     """
 
     def __init__(

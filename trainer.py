@@ -531,9 +531,6 @@ def main() -> None:
 
     state = from_main(checkpoint.load_latest, folder / "checkpoints", tidy=not options.dry_run)
     config = from_main(take_max_lr, options.config, folder, state)
-    if state is not None:
-        # Settings that are younger than the checkpoint do at their defaults what was done before.
-        state["config"] = {**dataclasses.asdict(Config()), **state["config"]}
     exit_code = None if options.dry_run else from_main(over, config, folder, state)
     if exit_code is not None:
         copies.finish(mirror.COMPLETED_S)

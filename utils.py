@@ -152,8 +152,8 @@ class Config:
     zero_init_residual: bool = False
     """start every residual branch at zero, so that deep blocks begin as the identity"""
     blurpool: bool = False
-    """blur what each strided convolution but the first looks at: BlurPool; plain ResNet-50s, such
-    as torchvision's and timm's, then refuse the weights"""
+    """blur what each strided convolution but the first looks at: BlurPool; the weights are not
+    those of a plain ResNet-50, which refuses them where it loads strictly"""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """arithmetic of the step; auto: fp16 with loss scaling on a GPU, bf16 on a CPU that has it in
     hardware, else fp32"""

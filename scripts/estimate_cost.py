@@ -48,7 +48,8 @@ FLOP_PER_IMAGE = 24.7e9  # of training at 224 px: three times 4.1 G multiply-add
 # Of a step of Muon: five rounds of 4 m^2 n + 2 m^3 for each of 54 weights as m x n, m <= n.
 FLOP_PER_MUON_STEP = 296e9
 # BlurPool's means move 30 MB for an image of 224 px in fp16, forward and back: at half of an A10G's
-# 600 GB/s, 8 % of the 1.2 ms that an image takes. By arithmetic; not measured on a GPU.
+# 600 GB/s, 8 % of the 1.2 ms that an image takes. By arithmetic, not measured on a GPU; taken
+# for every GPU alike, that of --step-benchmark too.
 BLUR_SHARE = 0.08
 # A validation image needs the forward pass alone: a third of the arithmetic.
 VAL_SHARE = 1 / 3

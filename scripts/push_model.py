@@ -11,7 +11,7 @@ sessions.jsonl. The repo, which is made if it is not there, gets in one commit:
     model.safetensors     the weights, float32, under torchvision's names
     config.json           architecture, classes and preprocessing: what
                           timm.create_model("hf-hub:USER/REPO", pretrained=True) reads;
-                          it has no network with this BlurPool, and refuses the weights of one
+                          it has no network with this BlurPool, and is told so
     README.md             the model card, written from the run
     training_metrics.png  its curves
 
@@ -122,7 +122,9 @@ def timm_config(config: Config, classes: list[str]) -> dict[str, Any]:
     labels = human_names(tuple(classes))
     described = {"label_descriptions": dict(zip(classes, labels, strict=True))}
     return {
-        "architecture": "resnet50",
+        # timm would take its plain network, and whoever asks it for other classes or for features
+        # would have these weights unblurred. A name that it does not know ends that.
+        "architecture": "resnet50_blurpool" if config.blurpool else "resnet50",
         "num_classes": len(classes),
         "num_features": 2048,
         "global_pool": "avg",

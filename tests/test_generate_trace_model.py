@@ -166,6 +166,24 @@ def test_pt2_and_onnx_carry_what_model_json_says(runs: Path, tmp_path: Path) -> 
         assert (means - logits).abs().max() <= 1e-4
 
 
+def test_every_format_keeps_blurpool() -> None:
+    model, plain = ResNet50Wrapper(3, blurpool=True), ResNet50Wrapper(3).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # one batch makes the statistics
+    model.train()(torch.randn(8, 3, 64, 64))
+    weights = model.eval().model.state_dict()
+    del weights["blurpool"]
+    plain.model.load_state_dict(weights)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        expected, unblurred = model(images), plain(images)
+        assert (expected - unblurred).abs().max() > 0.01
+        for exporter in generate_trace_model.EXPORTERS.values():
+            export = exporter(model, 64, {"name": "blurred"})
+            assert (export.run(images) - expected).abs().max() <= 1e-4
+
+
 def test_without_onnx_the_app_keeps_what_it_has(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     (tmp_path / "app/model.onnx").write_bytes(b"an earlier one")

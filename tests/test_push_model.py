@@ -186,17 +186,30 @@ def test_a_network_with_blurpool_loads_by_its_card_and_no_other_way(
     assert "create_model" not in card and "- timm\n" not in card
     assert run_programs(card, run, hub, tmp_path, count=1)[-1] == "equal"
 
+    # With other classes, or as features, timm does not load strictly.
+    tries = """if True:
+        import timm, torch, torchvision
+        from huggingface_hub import hf_hub_download
+        from safetensors.torch import load_file
+        for options in ({}, {"num_classes": 7}, {"num_classes": 0}, {"features_only": True}):
+            try:
+                timm.create_model("hf-hub:user/tiny", pretrained=True, **options)
+            except RuntimeError as error:
+                print(error)
+        weights = load_file(hf_hub_download("user/tiny", "model.safetensors"))
+        torchvision.models.resnet50(num_classes=3).load_state_dict(weights)
+    """
     refused = subprocess.run(
-        [sys.executable, "-c", push_model.timm_example("user/tiny")],
+        [sys.executable, "-c", tries],
         cwd=tmp_path,
         env={**COMMAND_ENVIRONMENT, **environ},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert (
-        refused.returncode == 1 and 'Unexpected key(s) in state_dict: "blurpool"' in refused.stderr
-    )
+    assert refused.stdout.splitlines() == ["Unknown model (resnet50_blurpool)"] * 4
+    assert refused.returncode == 1
+    assert 'Unexpected key(s) in state_dict: "blurpool"' in refused.stderr
 
 
 def test_a_dry_run_writes_the_folder_and_asks_nobody(run: Path, hub: Hub, tmp_path: Path) -> None:

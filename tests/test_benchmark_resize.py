@@ -23,7 +23,7 @@ def test_both_ways_are_trained_with_the_settings_that_were_asked_for(tmp_path: P
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "resize.json").read_text())
     assert written["settings"]["recipe"] == "fast"
-    assert written["settings"]["label_smoothing"] == 0.1 and written["settings"]["epochs"] == 1
+    assert written["settings"]["zero_init_residual"] is True and written["settings"]["epochs"] == 1
     weights = set()
     for way in ("bilinear", "area"):
         run = tmp_path / "runs" / f"run_{way}_0"

@@ -302,7 +302,7 @@ RECIPES = {
             trivial_augment=True,
         ),
         claim="78 % top-1 for a quarter of the reference's price, on a g5.xlarge",
-        source="fast, with augmentation and averaging of torchvision's newer recipe",
+        source="fast, with augmentation, smoothing and averaging of torchvision's newer recipe",
         run="",
         published_by=FFCV,
         published=FFCV_TOP1,

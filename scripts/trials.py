@@ -441,7 +441,8 @@ def choose(path: Path, plan: dict[str, Config], names: tuple[str, ...]) -> dict[
     """The named variants of a plan, or all; raises UserError for a name that it has not."""
     for name in names:
         if name not in plan:
-            raise UserError(f"{path} has no variant {name}: it has {', '.join(plan)}")
+            known = ", ".join(f'"{variant}"' for variant in plan)  # some have commas of their own
+            raise UserError(f'{path} has no variant "{name}": it has {known}')
     return {name: plan[name] for name in names or plan}
 
 

@@ -80,7 +80,11 @@ def test_an_epoch_counts_with_the_size_of_its_crops() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("--variants", "small crops last"), "has no variant small crops last: it has small crops"),
+        (
+            ("--variants", "small crops last"),
+            'has no variant "small crops last": '
+            'it has "small crops first", "mixed, 64 px throughout"',
+        ),
         (("--block-steps", 3), "3 steps and one before them need 16 images, and "),
         (("--rounds", 0), "rounds and block_steps must be 1 or more"),
     ],

@@ -190,7 +190,10 @@ def test_what_would_not_run_is_told_in_a_line(folder: Path) -> None:
     (folder / "nowhere.toml").write_text(PLAN.replace("images/train", "nowhere"))
     for arguments, complaint in (
         (("missing.toml",), "no plan missing.toml"),
-        (("plan.toml", "--variants", "odd"), "plan.toml has no variant odd: it has plain, smooth"),
+        (
+            ("plan.toml", "--variants", "odd"),
+            'plan.toml has no variant "odd": it has "plain", "smooth, averaged"',
+        ),
         (("nowhere.toml",), "plain, seed 0 did not run: the line above says why"),
     ):
         done = run(folder, *arguments)

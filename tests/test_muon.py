@@ -96,8 +96,9 @@ def test_the_step_is_the_method_written_out() -> None:
                 if weight.ndim > 1:
                     rows, columns = weight.shape[0], weight[0].numel()
                     update = written_out(update.reshape(rows, columns))
-                    found = update.square().sum(1, keepdim=True).sqrt()
-                    update = (update * lengths[name] / found).view(weight.shape)
+                    for row in update:
+                        row *= lengths[name] / math.sqrt(row @ row)
+                    update = update.view(weight.shape)
                 # Decoupled: the momentum holds nothing of it.
                 weight.sub_(0.05 * (update + (0.1 if weight.ndim > 1 else 0.2) * weight))
     for name, weight in model.named_parameters():

@@ -36,10 +36,9 @@ class Muon(torch.optim.SGD):
     Each gradient becomes its Nesterov momentum, and the step without momentum that SGD makes takes
     it from there: with a weight decay that is decoupled that way, so that it means the same to all
     groups, and skipped where fp16 overflows. A convolution (out, in, height, width) is taken as a
-    matrix of `out` rows, and its step made about orthogonal, then each row of the length 1, since
-    those of a tall matrix come out of many lengths (Zhang et al., arXiv 2602.21545); so is a linear
-    layer's (out, in), with rows of sqrt(rows / columns), which moves its outputs alike however many
-    there are. Biases, and what else has one dimension, step as with SGD. Nothing waits for the
+    matrix of `out` rows, and its step made about orthogonal, times sqrt(max(1, rows / columns)); so
+    is a linear layer's (out, in), times sqrt(rows / columns), which moves its outputs alike however
+    many there are. Biases, and what else has one dimension, step as with SGD. Nothing waits for the
     device.
     """
 
@@ -80,8 +79,6 @@ class Muon(torch.optim.SGD):
             same_shape[step.ndim, *matrix.shape].append((channels_last, matrix))
         for (dimensions, rows, columns), some in same_shape.items():
             matrices = orthogonalize(torch.stack([matrix for _, matrix in some]), self.dtype)
-            matrices = torch.nn.functional.normalize(matrices, dim=2)
-            if dimensions == 2:
-                matrices *= min(1, rows / columns) ** 0.5
+            matrices *= max(1 if dimensions == 4 else 0, rows / columns) ** 0.5
             for (step, _), matrix in zip(some, matrices, strict=True):
                 step.copy_(matrix.view(step.shape))

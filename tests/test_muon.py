@@ -75,9 +75,9 @@ def test_the_step_is_the_method_written_out() -> None:
     model, optimizer = new_small()
     plain = Small().double()
     momentum = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters()}
-    lengths = {
+    scales = {
         "wide.weight": 1,  # of 8 x 36
-        "tall.weight": 1,  # of 48 x 8
+        "tall.weight": math.sqrt(48 / 8),
         "narrow.weight": 1,  # of 6 x 48, as the linear layer's
         "linear.weight": math.sqrt(6 / 48),
     }
@@ -95,10 +95,8 @@ def test_the_step_is_the_method_written_out() -> None:
                 update = weight.grad + 0.8 * momentum[name]
                 if weight.ndim > 1:
                     rows, columns = weight.shape[0], weight[0].numel()
-                    update = written_out(update.reshape(rows, columns))
-                    for row in update:
-                        row *= lengths[name] / math.sqrt(row @ row)
-                    update = update.view(weight.shape)
+                    update = written_out(update.reshape(rows, columns)).view(weight.shape)
+                    update = update * scales[name]
                 # Decoupled: the momentum holds nothing of it.
                 weight.sub_(0.05 * (update + (0.1 if weight.ndim > 1 else 0.2) * weight))
     for name, weight in model.named_parameters():

@@ -46,7 +46,7 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
     is the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still covers `out` (libjpeg-turbo is
     slower at the others than at full size); then it is resized bilinearly, since averaging over
     areas takes up to six times as long for the little that is left to shrink. Whether a model
-    trains as well, scripts/benchmark_resize.py is to tell; it has not been run to an end yet.
+    trains as well, scripts/benchmark_resize.py tells.
     """
     px = out.shape[0]
     data, size = encoded

@@ -13,8 +13,9 @@ the instance's cores prepare images of that epoch's size. The first is a publish
 224 px, or what scripts/benchmark_step.py measured at the nearest size, scaled by the pixels, less
 the arithmetic of Muon and what BlurPool moves in memory; the second is one core's, as
 scripts/benchmark_data.py measured it, times the instance's vCPUs, each counted as a part of a core.
-Validation adds 50,000 images an epoch. Prices are AWS's on demand in us-east-1, times the share of
-it that the reference run paid for its spot instance.
+Validation adds 50,000 images an epoch, at the GPU's rate: what the cores prepare of them is not
+measured, and where cores are few it takes somewhat longer. Prices are AWS's on demand in us-east-1,
+times the share of it that the reference run paid for its spot instance.
 """
 
 import dataclasses

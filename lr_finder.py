@@ -181,6 +181,7 @@ def main() -> None:
         log.info("the range is tested at the first epoch's %d px", first_px)
         config = dataclasses.replace(config, train_px=first_px, first_train_px=0)
     train_set, _, _ = image_files.open_images(config)
+    distributed.check_shares(config, len(train_set))
     folder = run_folder(config.runs_folder, config.name)
     check_writable(folder, "--runs-folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,10 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
         *("--epochs", "1", "--precision", "fp32", "--workers", "2", "--flip", "--seed", "1"),
     ]
     folder = tmp_path / "runs/run"
+    refused = run_stage_command("lr_finder.py", *settings, "--micro-batch-size", "1")
+    assert refused.returncode == 2, refused.stderr
+    assert "1 at once, and BatchNorm needs 2: use a larger --micro-batch-size" in refused.stderr
+    assert not folder.exists()
     found = run_stage_command("lr_finder.py", *settings, "--steps", "40", "--last-lr", "100")
     assert found.returncode == 0, found.stderr
     files = sorted(path.name for path in folder.rglob("*") if path.is_file())

@@ -213,7 +213,8 @@ def main() -> None:
     config = make_config(options)
     if min(options.processes, default=0) < 1 or options.rounds < 1 or options.steps < 1:
         raise UserError("processes, rounds and steps must be 1 or more")
-    names = ["plain", *map(str, options.processes)]
+    counts = list(dict.fromkeys(options.processes))  # each once
+    names = ["plain", *map(str, counts)]
     rates: dict[str, list[float]] = {name: [] for name in names}
     with contenders(names, options) as started:
         for number in range(options.rounds):
@@ -226,7 +227,7 @@ def main() -> None:
                     **{key: getattr(options, key) for key in ("px", "steps", "rounds")},
                     "sync_batchnorm": options.sync_batchnorm,
                 },
-                "hardware": {**started["plain"].hardware, "processes": list(options.processes)},
+                "hardware": {**started["plain"].hardware, "processes": counts},
                 "versions": versions(),
                 "img_per_s": {name: spread(values, 2) for name, values in rates.items()},
                 "over_plain": {name: ratios(rates, name) for name in names[1:]},

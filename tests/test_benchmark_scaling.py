@@ -12,7 +12,7 @@ def test_it_measures_a_plain_process_and_several(tmp_path: Path) -> None:
     output = tmp_path / "scaling.json"
     done = run_stage_command(
         *(SCRIPT, "--px", 32, "--batch-size", 4, "--steps", 1, "--rounds", 3),
-        *("--processes", 2, "--precision", "fp32", "--output", output),
+        *("--processes", 2, 2, "--precision", "fp32", "--output", output),
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())

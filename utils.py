@@ -621,7 +621,7 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, in order of epochs; raises UserError if it is damaged."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().splitlines() if line]
     except ValueError:  # bytes that are no text are one too
         raise UserError(_damaged(path)) from None
 
@@ -665,7 +665,7 @@ def save_config(
         "config": dataclasses.asdict(config),
         "classes": list(classes),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": hardware,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -694,7 +694,7 @@ def describe_computer() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this checkout, `-dirty` where files differ from it; empty outside git."""
     with contextlib.suppress(OSError):
         answer = subprocess.run(

@@ -50,6 +50,7 @@ from utils import (
     as_arguments,
     changed_settings,
     check_config,
+    commit,
     format_duration,
     parse_options,
     read_json,
@@ -181,6 +182,20 @@ def train(config: Config) -> tuple[int, bool]:
             signal.signal(signal.SIGTERM, before)
 
 
+def check_commit(config: Config) -> None:
+    """Raises UserError if the run has begun at another commit: it would be a run of neither."""
+    folder = run_folder(config.runs_folder, config.name)
+    record = read_json(folder / "config.json")
+    if record is None:
+        return
+    begun, here = (text.removesuffix("-dirty") for text in (record.get("commit", ""), commit()))
+    if begun != here:
+        raise UserError(
+            f"{folder} was begun at commit {begun or 'unknown'}, and this is {here or 'unknown'}: "
+            "go on with it there, or remove it"
+        )
+
+
 def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str, Any]:
     """A line of the log: what a run was, and what came of it.
 
@@ -271,6 +286,7 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
             seed=seed,
             runs_folder=str(options.runs_folder / log_path.stem),
         )
+        check_commit(config)
         print(f"\n{variant}, seed {seed}", flush=True)
         exit_code, is_asked = train(config)
         if exit_code in {EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM}:
@@ -288,8 +304,10 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
             )
         line = outcome(config, seed, variant, exit_code)
         with alone(options.plan):
-            lines = [*read_log(log_path), line]
-            write_atomically(log_path, "".join(json.dumps(one) + "\n" for one in lines).encode())
+            if not logged(log_path, variant, seed, settings):  # by trials that share the plan
+                lines = [*read_log(log_path), line]
+                content = "".join(json.dumps(one) + "\n" for one in lines)
+                write_atomically(log_path, content.encode())
         failed = failed or exit_code != 0
         if is_asked:
             return EXIT_INTERRUPTED

@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import trials
 
-from utils import RECIPES, UserError
+from utils import RECIPES, UserError, commit
 
 COMMITTED = sorted(
     log.with_suffix(".toml") for log in (REPOSITORY / "benchmarks/trials").glob("*.jsonl")
@@ -292,6 +292,31 @@ def test_trials_that_share_a_plan_lose_no_line(
     assert held.wait(60)
     assert run_here(f"import pathlib\npathlib.Path({os.fspath(ended)!r}).touch()\n") == 0
     assert [line["variant"] for line in read(tmp_path)] == ["another", "plain", "smooth, averaged"]
+
+
+def test_a_run_that_trials_beside_have_logged_meanwhile_counts_once(
+    run_here: Callable[[str], int], tmp_path: Path
+) -> None:
+    assert run_here("") == 0
+    log = tmp_path / "plan.jsonl"
+    text = log.read_text()
+    assert len(text.splitlines()) == 2
+    log.unlink()
+    assert run_here(f"open({os.fspath(log)!r}, 'w').write({text!r})\n") == 0
+    assert log.read_text() == text
+
+
+def test_a_run_goes_on_at_its_own_commit_only(
+    run_here: Callable[[str], int], tmp_path: Path
+) -> None:
+    begun = tmp_path / "runs/plan/plain-seed0/config.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps({"commit": "0" * 40}))
+    with pytest.raises(UserError, match=r"plain-seed0 was begun at commit 0{40}, and this is "):
+        run_here("raise AssertionError('this is not to be trained')\n")
+    assert not (tmp_path / "plan.jsonl").exists()
+    begun.write_text(json.dumps({"commit": f"{commit().removesuffix('-dirty')}-dirty"}))
+    assert run_here("") == 0
 
 
 def a_line(variant: str, correct1: int, **settings: float) -> dict:

@@ -11,6 +11,7 @@ every function here answers at once, and no group is ever started.
 Beside the group of DistributedDataParallel (NCCL on GPUs) there is one of gloo for what the hosts
 tell each other, so that no question waits for a GPU. What waits for another process gives up after
 WAIT_S: then that one is alive but stuck. One that has ended is noticed at once, by torchrun too.
+Hence one that fails ends at once, and takes no leave of the others, for which NCCL might wait.
 """
 
 import atexit
@@ -20,6 +21,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -30,20 +32,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import EXIT_FAILED, Config, UserError, log
+from utils import EXIT_FAILED, Config, UserError, end_at_once, log
 
 WAIT_S = 600  # for another process in the middle of training
-LONG_WAIT_S = 4 * 3600  # while the main one fetches a run, checks images, or copies to a mirror
+LONG_WAIT_S = 4 * 3600  # while one fetches a run, checks images, or copies to a mirror
 
 Value = TypeVar("Value")
 _hosts: dist.ProcessGroup | None = None  # the gloo group; None in a single process
+_patient_hosts: dist.ProcessGroup | None = None  # the same, which waits for LONG_WAIT_S
 
 # ------------------------------------------------------------------------------ who there is
 
 
 def start() -> None:
     """Find the other processes, where torchrun has started several; else do nothing."""
-    global _hosts  # noqa: PLW0603 (a process has one group)
+    global _hosts, _patient_hosts  # noqa: PLW0603 (a process has one of each)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     timeout = datetime.timedelta(seconds=WAIT_S)
@@ -53,10 +56,19 @@ def start() -> None:
         backend, store=_fresh(store, rank, count), rank=rank, world_size=count, timeout=timeout
     )
     _hosts = dist.new_group(backend="gloo", timeout=timeout)
+    # A time-out given to monitored_barrier is process 0's alone: the others go by the group's.
+    long_timeout = datetime.timedelta(seconds=LONG_WAIT_S)
+    _patient_hosts = dist.new_group(backend="gloo", timeout=long_timeout)
     # gloo's threads would take an ending process down with SIGABRT.
     atexit.register(dist.destroy_process_group)
+    sys.excepthook = _end_with_traceback
     if not is_main():  # it repeats nothing that the main one says
         log.addFilter(lambda record: record.levelno >= logging.WARNING)
+
+
+def _end_with_traceback(*error: Any) -> None:
+    sys.__excepthook__(*error)
+    end_at_once(EXIT_FAILED)
 
 
 def _fresh(store: dist.Store, rank: int, count: int) -> dist.Store:
@@ -327,9 +339,9 @@ def check_same(**values: Any) -> None:
 
 
 def wait_for_all() -> None:
-    """Return once all processes are here, however long the main one works on its own."""
+    """Return once all processes are here, however long one of them works on its own."""
     if processes() > 1:
-        dist.monitored_barrier(_hosts, datetime.timedelta(seconds=LONG_WAIT_S))
+        dist.monitored_barrier(_patient_hosts)
 
 
 @contextlib.contextmanager

@@ -535,8 +535,21 @@ def run_stage(main: Callable[[], None]) -> None:
 
 
 def _end(text: str, exit_code: int) -> None:
-    if not text:  # another process of the run says it
-        sys.exit(exit_code)
+    if text:  # else another process of the run says it
+        _say_error(text)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun's, see distributed.py
+        end_at_once(exit_code)
+    sys.exit(exit_code)
+
+
+def end_at_once(exit_code: int) -> None:
+    """End this process without what is registered for its end."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(exit_code)
+
+
+def _say_error(text: str) -> None:
     line = f"error: {' '.join(text.split())}"
     with contextlib.suppress(OSError):  # a full disk may hold this output too
         print(line, file=sys.stderr, flush=True)
@@ -545,7 +558,6 @@ def _end(text: str, exit_code: int) -> None:
             with contextlib.suppress(OSError):
                 handler.stream.write(line + "\n")
                 handler.flush()
-    sys.exit(exit_code)
 
 
 # ------------------------------------------------------------------------------ the run's folder

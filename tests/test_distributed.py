@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,6 +311,43 @@ def test_a_single_process_has_nothing_to_ask(monkeypatch: pytest.MonkeyPatch) ->
     distributed.wait_for_all()
     with pytest.raises(UserError, match="as it is"), distributed.agreed():
         raise UserError("as it is")
+
+
+def test_the_others_wait_for_the_main_process_beyond_their_usual_time(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import time, distributed\n"
+        "distributed.WAIT_S = 10\n"
+        "distributed.start()\n"
+        "print(f'heard {distributed.from_main(lambda: time.sleep(13) or 5)}')\n"
+    )
+    done = end(start(2, script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["heard 5"] * 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [("utils.UserError('a mistake', 1)", "error: a mistake"), ("RuntimeError('odd')", ".*: odd")],
+)
+def test_a_process_that_fails_takes_no_leave_of_the_others(
+    failure: str, words: str, tmp_path: Path
+) -> None:
+    """What waits at its end stands for NCCL, which waits for those who wait for this process."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import atexit, time, distributed, utils\n"
+        "def main():\n"
+        "    distributed.start()\n"
+        "    if distributed.number():\n"
+        "        atexit.register(time.sleep, 600)\n"
+        f"        raise {failure}\n"
+        "    distributed.any_of(False)\n"
+        "utils.run_stage(main)\n"
+    )
+    done = end(start(2, script))
+    assert done.returncode == 1
+    assert any(re.fullmatch(words, line) for line in done.stderr.splitlines()), done.stderr
 
 
 # ------------------------------------------------------------------------------ real runs

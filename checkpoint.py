@@ -242,7 +242,7 @@ def check_newest(folder: Path, state: dict[str, Any] | None) -> None:
     if any(_age(path) > standing for path in _generations(folder)):
         raise UserError(
             f"another process has just saved to {folder}: give the same command again, to go on "
-            "from there"
+            "from there; where machines have folders of their own, beside a mirror, move this away"
         )
 
 

@@ -95,16 +95,6 @@ def random_crop(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, mirrored
 
 
-def alternately_mirrored(seed: int, epoch: int, index: int) -> bool:
-    """Whether to mirror a picture that is mirrored in every second epoch.
-
-    Epoch 0 mirrors what `random_crop` does. From any epoch to the next, all pictures are seen both
-    ways, as half of them are not in two epochs of draws: alternating flip (Jordan, arXiv
-    2404.00498).
-    """
-    return (random_words(seed, 0, index).random_raw() < 2**63) != (epoch % 2 == 1)
-
-
 # ------------------------------------------------------------------------------ the crop's pixels
 
 MEAN_COLOUR = tuple(round(255 * value) for value in MEAN)  # 0, once it is normalised

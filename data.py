@@ -55,8 +55,6 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
     top, left, crop_height, crop_width, mirrored = augment.random_crop(
         config.seed, epoch, index, height, width, config.crop_min_scale
     )
-    if config.alternate_flips:
-        mirrored = augment.alternately_mirrored(config.seed, epoch, index)
     if picture is None:
         # A view is of a store, which has compared it with its checksum.
         trusted = isinstance(data, memoryview)

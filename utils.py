@@ -138,8 +138,6 @@ class Config:
     """smallest share of an image's area that a training crop covers, 0 to 1"""
     flip: bool = True
     """mirror half of the training images"""
-    alternate_flips: bool = False
-    """with flip, mirror in each epoch the half that the last one did not, not one drawn anew"""
     trivial_augment: bool = False
     """change each training crop by one of 14 operations, drawn with its strength: TrivialAugment"""
     erase_probability: float = 0.0
@@ -192,9 +190,9 @@ RESULT_SETTINGS = frozenset(
         *("optimizer", "decay_norm_and_bias", "norm_and_bias_lr", "label_smoothing"),
         *("pct_start", "div_factor", "final_div_factor", "anneal_strategy", "sync_batchnorm"),
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
-        *("average_steps", "crop_min_scale", "flip", "alternate_flips", "trivial_augment"),
-        *("erase_probability", "mixup_alpha", "cutmix_alpha", "zero_init_residual", "blurpool"),
-        *("precision", "seed", "skip_bad_images"),
+        *("average_steps", "crop_min_scale", "flip", "trivial_augment", "erase_probability"),
+        *("mixup_alpha", "cutmix_alpha", "zero_init_residual", "blurpool", "precision", "seed"),
+        "skip_bad_images",
     }
 )
 

@@ -214,21 +214,6 @@ def test_train_pixels_are_never_mirrored_without_flips() -> None:
     assert 0 < mirrored < 20
 
 
-def test_alternate_flips_mirror_in_each_epoch_the_half_that_the_last_did_not() -> None:
-    encoded = encode(scene(60, 80), "PNG")
-    straight = dataclasses.replace(CONFIG, flip=False)
-    alternating = dataclasses.replace(CONFIG, alternate_flips=True)
-    mirrored = np.zeros((4, 40), bool)
-    for epoch, index in np.ndindex(mirrored.shape):
-        ours = filled(data.fill_train, alternating, epoch, as_read(encoded), index, px=32)
-        crop = filled(data.fill_train, straight, epoch, as_read(encoded), index, px=32)
-        mirrored[epoch, index] = (ours == crop[:, ::-1]).all()
-        assert mirrored[epoch, index] != (ours == crop).all()
-    drawn = [augment.random_crop(CONFIG.seed, 0, index, 60, 80, 0.08)[4] for index in range(40)]
-    assert (mirrored == [drawn, np.invert(drawn)] * 2).all()
-    assert 10 < sum(drawn) < 30
-
-
 def test_train_pixels_follow_seed_epoch_and_smallest_crop() -> None:
     encoded = encode(scene(60, 80), "PNG")
     usual = filled(data.fill_train, CONFIG, 0, as_read(encoded), 0, px=32)

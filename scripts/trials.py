@@ -424,7 +424,8 @@ def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str
     return ", ".join(
         f"{name} {'/'.join(values(runs, name))}"
         for name in sorted(names)
-        if len(values(lines, name)) > 1
+        # A setting that is gone has no default.
+        if len(values(lines, name)) > 1 and values(runs, name) != ["None"]
     )
 
 

@@ -22,6 +22,7 @@ from scipy import stats
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 import trials
+import trials_table
 
 from utils import RECIPES, UserError, commit
 
@@ -319,6 +320,12 @@ def test_a_run_goes_on_at_its_own_commit_only(
     assert run_here("") == 0
 
 
+def test_an_empty_line_where_one_was_removed_is_no_damage(tmp_path: Path) -> None:
+    log = tmp_path / "plan.jsonl"
+    log.write_text("\n".join([json.dumps(a_line("a", 700)), "", json.dumps(a_line("b", 710)), ""]))
+    assert trials.read_log(log) == [a_line("a", 700), a_line("b", 710)]
+
+
 def a_line(variant: str, correct1: int, **settings: float) -> dict:
     return {
         "variant": variant,
@@ -340,7 +347,7 @@ def test_the_tables_figures_are_those_of_scipy() -> None:
         for name, group in results.items()
         for correct in group
     ]
-    text = trials.table("Title", ["a", "b", "wild", "single", "c"], lines)
+    text = trials_table.table("Title", ["a", "b", "wild", "single", "c"], lines)
     a, b, wild, single = (np.array(group) / 10 for group in results.values())
     for other in (b, wild):  # each by its own spread and that of a
         interval = stats.ttest_ind(other, a).confidence_interval(0.95)
@@ -363,7 +370,7 @@ def test_the_tables_figures_are_those_of_scipy() -> None:
 
 
 def test_nothing_takes_the_place_of_a_first_variant_without_a_result() -> None:
-    text = trials.table("Title", ["a", "b", "c"], [a_line("b", 700), a_line("c", 720)])
+    text = trials_table.table("Title", ["a", "b", "c"], [a_line("b", 700), a_line("c", 720)])
     (row,) = [row for row in text.splitlines() if row.startswith("| c |")]
     assert row.startswith("| c | 72.00 % | 1 | 72.00 |  | 5 |")
 
@@ -377,19 +384,21 @@ def test_a_committed_log_is_of_its_plan_and_the_table_of_its_log(path: Path) -> 
         variant, seed = line["variant"], line["seed"]
         assert trials.logged(log, variant, seed, plan[variant]) == line  # once, with its settings
     title, goals = trials.title_and_goals(path)
-    assert trials.table(title, list(plan), lines, goals) == path.with_suffix(".md").read_text()
+    assert (
+        trials_table.table(title, list(plan), lines, goals) == path.with_suffix(".md").read_text()
+    )
 
 
 def test_single_runs_are_not_compared_as_if_their_spread_were_known() -> None:
-    text = trials.table("Title", ["a", "b"], [a_line("a", 700), a_line("b", 800)])
+    text = trials_table.table("Title", ["a", "b"], [a_line("a", 700), a_line("b", 800)])
     assert "| +10.00 |" in text
     assert "One run each: what differs may be the seed's doing." in text
-    assert "No run has finished" in trials.table("Title", ["a"], [])
+    assert "No run has finished" in trials_table.table("Title", ["a"], [])
 
 
 def test_runs_of_a_variant_whose_settings_differ_are_told_with_both() -> None:
     lines = [a_line("a", 700), a_line("a", 710, compile=True), a_line("b", 720, compile=True)]
-    rows = trials.table("Title", ["a", "b"], lines).splitlines()
+    rows = trials_table.table("Title", ["a", "b"], lines).splitlines()
     (a,), (b,) = ([row for row in rows if row.startswith(f"| {name} |")] for name in "ab")
     assert a.endswith("| compile False/True |")
     assert b.endswith("| compile True |")
@@ -405,10 +414,10 @@ def test_the_training_that_an_accuracy_took_ends_with_the_epoch_that_reached_it(
         for name, group in curves.items()
         for curve in group
     ]
-    text = trials.table("Title", [*curves, "none"], lines, goals=(40, 70, 70.1))
+    text = trials_table.table("Title", [*curves, "none"], lines, goals=(40, 70, 70.1))
     assert "| variant | 40 % | 70 % | 70.1 % |" in text
     assert "| a | 1 min 40 s (2 of 2) | 2 min 2 s (2 of 2) | never (0 of 2) |" in text  # 121.5 s
     assert "| b | 2 min 0 s (1 of 1) | never (0 of 1) | never (0 of 1) |" in text
     assert "| old | not logged | not logged | not logged |" in text
     assert "| none | not logged |" in text
-    assert "40 %" not in trials.table("Title", [*curves], lines)
+    assert "40 %" not in trials_table.table("Title", [*curves], lines)

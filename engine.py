@@ -6,6 +6,7 @@ Training, the LR finder, evaluate.py and the benchmarks all run these.
 import contextlib
 import copy
 import dataclasses
+import math
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class Run:
     totals: dict[str, torch.Tensor]  # sums over the epoch under way, on the device
     training_model: torch.nn.Module  # the model, or what shares its gradients between processes
     average: Average | None = None  # of the model, which is validated and kept in its place
+    loss: str = "cross_entropy"  # or bce
     label_smoothing: float = 0.0
     micro_batch_size: int = 0  # most images that are computed at once; 0: all of a batch
     # The training model through torch.compile, for batches of this size; None, 0: never.
@@ -154,6 +156,8 @@ def new_run(config: Config, num_classes: int) -> Run:
     keep_freed_memory()
     torch.manual_seed(config.seed)
     model = ResNet50Wrapper(num_classes, config.zero_init_residual, config.blurpool)
+    if config.loss == "bce":
+        torch.nn.init.constant_(model.model.fc.bias, -math.log(max(num_classes - 1, 1)))
     model = model.to(device, memory_format=torch.channels_last)
     if config.sync_batchnorm:
         distributed.synchronise_batchnorm(model, device)
@@ -167,6 +171,7 @@ def new_run(config: Config, num_classes: int) -> Run:
     totals, micro = new_totals(device), config.micro_batch_size
     run = Run(model, optimizer, scaler, device, precision, totals, training_model)
     run.micro_batch_size, run.label_smoothing = micro, config.label_smoothing
+    run.loss = config.loss
     if config.average_steps:
         run.average = Average(model, config.average_steps)
     if config.compile:
@@ -280,13 +285,27 @@ def mean_loss(
     partners: torch.Tensor,
     mix: augment.Mix | None,
 ) -> torch.Tensor:
-    """Cross entropy of logits (N, C), where images were mixed with labels in the same shares."""
-    smoothing = run.label_smoothing
-    own = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    """The loss of logits (N, C), where images were mixed with labels in the same shares."""
+    loss_of = binary_cross_entropy if run.loss == "bce" else torch.nn.functional.cross_entropy
+    own = loss_of(logits, labels, label_smoothing=run.label_smoothing)
     if mix is None:
         return own
-    others = torch.nn.functional.cross_entropy(logits, partners, label_smoothing=smoothing)
+    others = loss_of(logits, partners, label_smoothing=run.label_smoothing)
     return mix.own_share * own + (1 - mix.own_share) * others
+
+
+def binary_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """Each class by itself, as present or not: the sum over classes of logits (N, C), mean over N.
+
+    Wightman et al., arXiv 2110.00476, take the mean over classes too.
+    """
+    targets = torch.full_like(logits, label_smoothing / logits.shape[1])
+    targets.scatter_(1, labels[:, None], 1 - label_smoothing + label_smoothing / logits.shape[1])
+    return torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, targets, reduction="sum"
+    ) / len(logits)
 
 
 def new_totals(device: torch.device) -> dict[str, torch.Tensor]:

@@ -108,6 +108,9 @@ class Config:
     """apply weight_decay to BatchNorm's parameters and to biases too"""
     norm_and_bias_lr: float = 1.0
     """learning rate of BatchNorm's parameters and of biases, over that of the other weights"""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """what training minimises: cross entropy over the classes; bce: of each class by itself, as
+    present or not, with the last biases at first such that their probabilities add up to 1"""
     label_smoothing: float = 0.0
     """share of the target that is spread evenly over all classes, 0 to 1"""
     average_steps: float = 0.0
@@ -192,7 +195,7 @@ RESULT_SETTINGS = frozenset(
         *("train_px", "first_train_px", "px_ramp_start", "px_ramp_end", "val_px", "val_resize_px"),
         *("average_steps", "crop_min_scale", "flip", "trivial_augment", "erase_probability"),
         *("mixup_alpha", "cutmix_alpha", "zero_init_residual", "blurpool", "precision", "seed"),
-        "skip_bad_images",
+        *("loss", "skip_bad_images"),
     }
 )
 

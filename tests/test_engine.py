@@ -220,6 +220,22 @@ def test_the_step_is_sgd_as_torch_has_it(settings: dict[str, object]) -> None:
         assert error.norm() <= 0.01 * change.norm() + 1e-7, name
 
 
+def test_each_class_by_itself_is_as_written_out(settings: dict[str, object]) -> None:
+    """BCE, smoothed, by its definition; at first each class has one chance in as many."""
+    config = Config(**{**settings, "loss": "bce", "label_smoothing": 0.2})
+    run = engine.new_run(config, 5)
+    assert torch.allclose(run.model.model.fc.bias.sigmoid(), torch.full((5,), 0.2))
+    torch.manual_seed(1)
+    logits, labels = torch.randn(7, 5), torch.randint(0, 5, (7,))
+    expected = 0.0
+    for row, label in zip(logits.sigmoid().tolist(), labels.tolist(), strict=True):
+        for place, present in enumerate(row):
+            target = 0.2 / 5 + 0.8 * (place == label)
+            expected -= target * math.log(present) + (1 - target) * math.log(1 - present)
+    loss = engine.mean_loss(run, logits, labels, labels, None).item()
+    assert math.isclose(loss, expected / 7, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("decays_all", [False, True])
 def test_smoothing_and_decay_are_as_written_out(
     settings: dict[str, object], decays_all: bool

@@ -133,7 +133,9 @@ class Emulator:
         return self.control("shut_down", instance=instance_id)
 
     def set(self, **values: object) -> None:
-        """snapshot_describes, instance_describes: how many looks these stay pending.
+        """snapshot_describes, instance_describes: how many looks these stay pending, or going.
+
+        has_capacity: 0 where a spot request has to wait once its instance was terminated.
 
         price_usd with instance_type and zone: the spot price from now on. score with zone: its
         placement score. quota with value: vCPUs.
@@ -344,7 +346,7 @@ class Front:
 
 def set_values(settings: Any, values: dict[str, str]) -> None:
     for key, value in values.items():
-        if key in ("snapshot_describes", "instance_describes"):
+        if key in ("snapshot_describes", "instance_describes", "has_capacity"):
             setattr(settings, key, int(value))
         elif key == "price_usd":
             changes = settings.prices_usd.setdefault((values["instance_type"], values["zone"]), [])

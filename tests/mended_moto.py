@@ -78,8 +78,10 @@ class Settings:
 
     def __init__(self) -> None:
         self.snapshot_describes = 1  # how often a new snapshot is seen pending
-        self.instance_describes = 0  # how often a new or started instance is seen pending
+        # How often an instance is seen pending when it is new or started, shutting down at its end.
+        self.instance_describes = 0
         self.prices_usd: dict[tuple[str, str], list[tuple[float, float]]] = {}  # (time, USD)
+        self.has_capacity = 1  # for what a spot request launches once its instance is terminated
         self.scores: dict[str, int] = {}  # by zone
         self.quotas = dict.fromkeys(QUOTAS, 64.0)  # vCPUs
         self.launches: dict[str, Any] = {}  # reservations by client token
@@ -395,17 +397,20 @@ def terminate_instances(self: Any, instance_ids: list[str]) -> list[tuple[Any, A
     Terminating what is terminated is no error, and changes nothing.
     """
     asked = self.get_multi_instances_by_id(instance_ids)
-    over = [instance for instance in asked if instance.state == "terminated"]
+    over = [instance for instance in asked if instance._state.name == "terminated"]
     living = [instance for instance in asked if instance not in over]
     result = [(instance, instance._state) for instance in over]
     if living:
         result += moto_terminate_instances(self, [instance.id for instance in living])
     for instance in living:
+        instance.pending_describes = settings.instance_describes
         request = spot_request(instance)
         if request and request.state == "cancelled":
             request.set_state("cancelled", "instance-terminated-by-user")
-        elif request and request.type == "persistent":
+        elif request and request.type == "persistent" and settings.has_capacity:
             request.launch_again()
+        elif request and request.type == "persistent":
+            request.set_state("open", "capacity-not-available")
         elif request:
             request.set_state("closed", "instance-terminated-by-user")
     return result
@@ -526,9 +531,11 @@ def shut_down(instance_id: str, region: str = "us-east-1") -> str:
 
 
 def instance_state(self: Any) -> Any:
-    """Pending for as many looks as the settings say, then what it is."""
+    """Pending, or shutting down, for as many looks as the settings say, then what it is."""
     if self._state.name == "running" and self.pending_describes > 0:
         return ec2_instances.InstanceState("pending", 0)
+    if self._state.name == "terminated" and self.pending_describes > 0:
+        return ec2_instances.InstanceState("shutting-down", 32)
     return self._state
 
 

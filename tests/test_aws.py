@@ -491,6 +491,52 @@ def test_the_volume_with_the_runs_decides_on_the_zone(
     assert f"lies in {dearest}" in said and f"zone={dearest}" in said
 
 
+def test_what_a_spot_request_brings_by_itself_is_the_projects(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    """Terminated while its request lives, an instance has a successor, which bears no tags."""
+    snapshot(emulator)
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    ec2 = session.client("ec2", endpoint_url=environment["AWS_ENDPOINT_URL"])
+
+    def running() -> list[dict]:
+        running = {"Name": "instance-state-name", "Values": ["running"]}
+        groups = ec2.describe_instances(Filters=[running])["Reservations"]
+        return [one for group in groups for one in group["Instances"]]
+
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", "too many", times=0)
+    for _ in range(2):  # the second goes on with what the first has rented
+        assert "VolumeLimitExceeded" in refused(environment, "launch", "--yes")
+    (first,) = running()
+    ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
+    (successor,) = running()
+    assert "Tags" not in successor
+    said = cloud(environment, "launch", "--yes").stdout
+    assert f"there is an instance already: {successor['InstanceId']}" in said
+    assert len(emulator.calls("RunInstances")) == 1
+
+    # While EC2 has no capacity for it, no second one is rented beside it.
+    emulator.set(has_capacity=0)
+    ec2.terminate_instances(InstanceIds=[successor["InstanceId"]])
+    said = refused(environment, "launch", "--yes")
+    assert "its spot request is not (open: capacity-not-available)" in said
+    assert "tear-down --keep-snapshot --keep-runs" in said
+    said = cloud(environment, "watch").stdout
+    assert "its spot request will bring one" in said and "capacity-not-available" in said
+    last = emulator.resume(successor["InstanceId"])
+    # What is going already is waited for, since its volumes stay in use till then.
+    emulator.set(instance_describes=1)
+    request = ec2.describe_spot_instance_requests()["SpotInstanceRequests"][0]
+    ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[request["SpotInstanceRequestId"]])
+    ec2.terminate_instances(InstanceIds=[last])
+    done = cloud(environment, "tear-down", "--yes")
+    said = done.stdout
+    assert done.returncode == 0, done.stderr
+    assert f"instance {last}, g5.xlarge" in said and ", shutting-down" in said
+    assert said.endswith("all gone\n")
+    assert account(emulator) == {}
+
+
 def test_a_role_for_the_mirror_is_made_and_torn_down(
     emulator: Emulator, environment: dict[str, str], killing: Path
 ) -> None:

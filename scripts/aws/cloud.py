@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from cli import Aws, AwsError
 from machine import FOLDER, Machine
 from resources import (
+    ALIVE,
     DATA_TAG,
     PROJECT_TAG,
     ROLE_TAG,
@@ -54,6 +55,7 @@ from resources import (
     spot_prices,
     tag_of,
     tags,
+    wait_for_those_going,
     wait_until,
     zones_with,
 )
@@ -239,6 +241,12 @@ def already_gone() -> Iterator[None]:
             raise
 
 
+def in_words(request: dict[str, Any]) -> str:
+    """How a spot request stands."""
+    status = request["Status"]
+    return f"{request['State']}: {status['Code']}: {status.get('Message', '')}".rstrip(": ")
+
+
 def describe(instance: dict[str, Any]) -> str:
     """An instance in a few words."""
     zone = instance["Placement"]["AvailabilityZone"]
@@ -274,6 +282,7 @@ def prepare(options: Prepare, aws: Aws) -> None:
     """Leave a snapshot of a volume with the packed data, whatever is there of it already."""
     settings = options.settings
     instance = only(find_instances(aws, settings, "prepare"), "preparing instances")
+    wait_for_those_going(aws, settings, "prepare")
     volume = only(find_volumes(aws, settings, "data"), "data volumes")
     snapshot = next(iter(find_snapshots(aws, settings, settings.data_set)), None)
     if snapshot is not None and snapshot["State"] == "error":
@@ -367,6 +376,13 @@ def launch(options: Launch, aws: Aws) -> None:
         )
     instance = only(find_instances(aws, settings, "train"), "training instances")
     if instance is None:
+        if requests := find_spot_requests(aws, settings):
+            raise UserError(
+                f"the instance is gone, and its spot request is not ({in_words(requests[0])}): EC2 "
+                "launches another, with which the same command goes on; to rent anew, end that: "
+                "tear-down --keep-snapshot --keep-runs"
+            )
+        wait_for_those_going(aws, settings, "train")
         instance = rent(options, aws)
     elif not started_again(aws, instance):
         return
@@ -532,15 +548,17 @@ def watch(options: Watch, aws: Aws) -> None:
     """Say how the instance and the run are; --follow and --nvitop stay."""
     settings = options.settings
     instance = only(find_instances(aws, settings, "train"), "training instances")
-    if instance is None:
+    requests = find_spot_requests(aws, settings)
+    state = instance["State"]["Name"] if instance else "none"
+    if instance:
+        print(f"{describe(instance)}: {state}")
+    elif requests:
+        print("no training instance, but its spot request will bring one: tear-down ends that")
+    else:
         print("no training instance: launch makes one")
-        return
-    state = instance["State"]["Name"]
-    print(f"{describe(instance)}: {state}")
-    for request in find_spot_requests(aws, settings):
-        status = request["Status"]
-        print(f"spot request {request['State']}: {status['Code']}: {status.get('Message', '')}")
-    if state != "running":
+    for request in requests:
+        print(f"spot request {in_words(request)}")
+    if instance is None or state != "running":
         return
     kind, zone = instance["InstanceType"], instance["Placement"]["AvailabilityZone"]
     if "InstanceLifecycle" in instance:
@@ -608,7 +626,8 @@ def stop(options: Stop, aws: Aws) -> None:
 def tear_down(options: TearDown, aws: Aws) -> None:
     """Delete what bears the project's tag: requests first, or they would bring a new instance."""
     settings = options.settings
-    instances = find_instances(aws, settings)
+    there = f"{ALIVE},shutting-down"  # those that go already are waited for
+    instances = find_instances(aws, settings, states=there)
     requests = find_spot_requests(aws, settings)
     volumes = [
         volume
@@ -649,6 +668,8 @@ def tear_down(options: TearDown, aws: Aws) -> None:
     if requests:
         ids = [one["SpotInstanceRequestId"] for one in requests]
         aws.change("ec2", "cancel-spot-instance-requests", "--spot-instance-request-ids", *ids)
+        if not aws.dry_run:  # one may have come since the list was made
+            instances = find_instances(aws, settings, states=there)
     terminate(aws, instances)
     # Those that were made for an instance are gone with it.
     left = {v["VolumeId"] for v in (volumes if aws.dry_run else find_volumes(aws, settings))}

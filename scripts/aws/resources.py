@@ -14,7 +14,7 @@ from settings import Settings
 from utils import UserError
 
 PROJECT_TAG, ROLE_TAG, DATA_TAG = "resnet50-project", "resnet50-role", "resnet50-data"
-ALIVE = "pending,running,stopping,stopped"  # instances that are not gone
+ALIVE = "pending,running,stopping,stopped"  # instances that are not gone, nor going
 # No capacity, or the type is not offered there: try the next zone.
 OTHER_ZONE = ("InsufficientInstanceCapacity", "Unsupported", "SpotMaxPriceTooLow")
 PROFILE_S, PROFILE_POLL_S = 90.0, 3.0  # EC2 hears of a new instance profile some seconds late
@@ -51,12 +51,35 @@ def tag_of(resource: dict[str, Any], key: str) -> str:
     return next((tag["Value"] for tag in resource.get("Tags", []) if tag["Key"] == key), "")
 
 
-def find_instances(aws: Aws, settings: Settings, role: str = "") -> list[dict[str, Any]]:
-    """The project's instances that are not gone, the newest first."""
-    alive = f"Name=instance-state-name,Values={ALIVE}"
-    answer = aws.read("ec2", "describe-instances", *project_filter(settings, role), alive)
-    found = [one for group in answer["Reservations"] for one in group["Instances"]]
-    return sorted(found, key=lambda one: one["LaunchTime"], reverse=True)
+def find_instances(
+    aws: Aws, settings: Settings, role: str = "", states: str = ALIVE
+) -> list[dict[str, Any]]:
+    """The project's instances in these states, the newest first.
+
+    Where one for training was terminated and its spot request was not cancelled, EC2 launches
+    another, which bears no tags: such are found by the request.
+    """
+    wanted = [project_filter(settings, role)]
+    if role in ("", "train"):
+        requests = find_spot_requests(aws, settings, "open,active,disabled,closed,cancelled")
+        if ids := [one["InstanceId"] for one in requests if "InstanceId" in one]:
+            wanted.append(["--filters", f"Name=instance-id,Values={','.join(ids)}"])
+    found = {}
+    for filters in wanted:
+        answer = aws.read(
+            "ec2", "describe-instances", *filters, f"Name=instance-state-name,Values={states}"
+        )  # fmt: skip
+        for group in answer["Reservations"]:
+            found.update({one["InstanceId"]: one for one in group["Instances"]})
+    return sorted(found.values(), key=lambda one: one["LaunchTime"], reverse=True)
+
+
+def wait_for_those_going(aws: Aws, settings: Settings, role: str) -> None:
+    """Until the instances that are being terminated are gone: they hold their volumes till then."""
+    going = find_instances(aws, settings, role, "shutting-down")
+    if going:
+        ids = [one["InstanceId"] for one in going]
+        wait_until(aws, "instance-terminated", "--instance-ids", *ids)
 
 
 def find_volumes(aws: Aws, settings: Settings, role: str = "") -> list[dict[str, Any]]:
@@ -74,11 +97,13 @@ def find_snapshots(aws: Aws, settings: Settings, data_set: str = "") -> list[dic
     return sorted(found, key=lambda one: one["StartTime"], reverse=True)
 
 
-def find_spot_requests(aws: Aws, settings: Settings) -> list[dict[str, Any]]:
-    """The project's spot requests that can still bring an instance."""
-    states = "Name=state,Values=open,active,disabled"
+def find_spot_requests(
+    aws: Aws, settings: Settings, states: str = "open,active,disabled"
+) -> list[dict[str, Any]]:
+    """The project's spot requests; those that can still bring an instance, or in other states."""
     return aws.read(
-        "ec2", "describe-spot-instance-requests", *project_filter(settings), states
+        "ec2", "describe-spot-instance-requests", *project_filter(settings),
+        f"Name=state,Values={states}",
     )["SpotInstanceRequests"]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ from utils import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
+    FETCHED,
     Config,
     ConfigOptions,
     UserError,
@@ -555,6 +556,7 @@ def main() -> None:
         in_main(checkpoint.prepare_folder, folder, *sizes)
         lock = in_main(checkpoint.lock, folder)
         checkpoint.check_newest(folder / "checkpoints", state)  # nor may another machine's be newer
+        in_main((folder / FETCHED).unlink, True)  # if there: from here on it is nobody's copy
         in_main(start_log, folder / "train.log")
         in_main(save_config, folder, config, train_set.classes, hardware)
     preflight.describe_run(config, hardware, train_set, val_set, skipped)

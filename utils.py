@@ -44,6 +44,9 @@ EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is w
 EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
 EXIT_BUDGET = 76  # the budget is spent, everything is saved; only a higher one goes on
 
+# In a run's folder: it is a copy of the run on a rented machine, and may be copied over again.
+FETCHED = ".fetched"
+
 # System errors that a user can mend: a disk that is full or not theirs to write to, and a file or a
 # name in the place of a folder.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}

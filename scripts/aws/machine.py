@@ -12,10 +12,9 @@ from pathlib import Path
 
 from settings import REPOSITORY, Settings
 
-from utils import UserError
+from utils import FETCHED, UserError
 
 FOLDER = "resnet50"  # of the code, in the home of who logs in
-FETCHED = ".fetched"  # in a run's folder here: it came from a machine, and may be fetched again
 SSH_FAILED = 255  # ssh's own exit code, where the connection and not the command failed
 
 
@@ -127,7 +126,10 @@ class Machine:
         for name in runs:
             here = to / name
             if here.exists() and not (here / FETCHED).exists():
-                raise UserError(f"{here} is there, and was not fetched: choose another --to")
+                raise UserError(
+                    f"{here} is there, and was not fetched, or was trained on here since: choose "
+                    "another --to"
+                )
         print(f"fetching {', '.join(runs)} from {self.address} to {to}", flush=True)
         if not runs:
             return

@@ -228,16 +228,21 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
     assert re.search(r"interruptions *\| *1: ", said), said
 
     here = tmp_path / "fetched"
-    fetch = f"{lines['fetch']} --to {here} --checkpoints"
+    fetch = f"{lines['fetch']} --checkpoints --to {here}"
     again_changes_nothing(fetch)
     assert "resnet50-poweroff" in machines.run(instance_id, timers).stdout  # it still stops
     assert outcome({**undisturbed, "runs_folder": here}) == outcome(undisturbed)
+    # Trained on here, it is not fetched over.
+    train({**undisturbed, "runs_folder": here, "extra_epochs": 1})
+    trained = (here / "run" / "metrics.jsonl").read_bytes()
+    assert "was trained on here since" in refused(environment, "fetch", "--to", str(here))
+    assert (here / "run" / "metrics.jsonl").read_bytes() == trained
     typed(lines["stop"], environment)
     assert account(emulator)["spot requests"] == ["disabled"]
     again_changes_nothing(lines["stop"])
     again_changes_nothing(lines["watch"])
     emulator.clear()
-    typed(fetch, environment)  # starts the instance for it, and stops it again
+    typed(f"{fetch}-2", environment)  # starts the instance for it, and stops it again
     assert changes(emulator) == ["StartInstances", "StopInstances"]
 
     assert typed(lines["tear-down"], environment).endswith("all gone\n")
@@ -278,7 +283,7 @@ def killing(emulator: Emulator, tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(900)
 def test_killed_after_each_change_every_command_ends_in_the_same_state(
-    machines: Machines, killing: Path
+    machines: Machines, killing: Path, tmp_path: Path
 ) -> None:
     emulator, environment = machines.emulator, machines.environment
     assert until_it_ends(environment, "prepare", killing) == 9
@@ -287,7 +292,25 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
         "groups": ['[["203.0.113.7/32"]]'],
         "keys": ["resnet50-imagenet"],
     }
-    assert until_it_ends(environment, "launch", killing) == 3
+    for _ in range(3):  # after the instance, the volume and its attachment
+        assert cloud(environment, "launch", "--yes", path=killing).returncode == -9
+    # EC2 takes the machine while it is set up, and gives it back: it trains, with nobody there.
+    with open(tmp_path / "launching", "w") as said:
+        launching = subprocess.Popen(
+            [sys.executable, REPOSITORY / "scripts" / "aws" / "cloud.py", "launch", "--yes"],
+            env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+        )  # fmt: skip
+    wait_for(lambda: "looking whether" in (tmp_path / "launching").read_text())
+    launching.kill()
+    launching.wait()
+    (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
+    emulator.interrupt(instance_id)
+    wait_for(lambda: instance_id not in machines.running)
+    emulator.resume(instance_id)
+    wait_for(lambda: instance_id in machines.running)
+    log = "cat /mnt/runs/run/train.log"
+    wait_for(lambda: "epoch 1/" in machines.run(instance_id, log).stdout)
+    assert until_it_ends(environment, "launch", killing) == 0
     launched = account(emulator)
     assert launched["instances"] == ["running"] and launched["spot requests"] == ["active"]
     assert launched["volumes"] == ["20 GB, in-use", "60 GB, in-use", "95 GB, in-use"]
@@ -299,7 +322,6 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     options = f"{environment['RESNET50_TRAINER_OPTIONS']} --val-batch-size 3"
     done = cloud({**environment, "RESNET50_TRAINER_OPTIONS": options}, "launch", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
     there = machines.folder_of(instance_id) / "home" / "resnet50"
     assert "--val-batch-size 3" in (there / "aws-instance.env").read_text()
     show = "systemctl is-active resnet50-poweroff.timer"
@@ -525,7 +547,7 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
     assert "its spot request will bring one" in said and "capacity-not-available" in said
     last = emulator.resume(successor["InstanceId"])
     # What is going already is waited for, since its volumes stay in use till then.
-    emulator.set(instance_describes=1)
+    emulator.set(instance_describes=4)
     request = ec2.describe_spot_instance_requests()["SpotInstanceRequests"][0]
     ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[request["SpotInstanceRequestId"]])
     ec2.terminate_instances(InstanceIds=[last])

@@ -223,6 +223,13 @@ def kaggle_credentials() -> tuple[str, bytes]:
     )
 
 
+def cancel(aws: Aws, requests: list[dict[str, Any]]) -> None:
+    """Cancel spot requests, which leaves their instances running."""
+    if requests:
+        ids = [one["SpotInstanceRequestId"] for one in requests]
+        aws.change("ec2", "cancel-spot-instance-requests", "--spot-instance-request-ids", *ids)
+
+
 def terminate(aws: Aws, instances: list[dict[str, Any]]) -> None:
     """Terminate instances and wait until they are gone."""
     ids = [instance["InstanceId"] for instance in instances]
@@ -597,9 +604,11 @@ def fetch(options: Fetch, aws: Aws) -> None:
         ends = machine.ask("systemctl is-active resnet50-poweroff.timer") == "active"
         if ends and not started:
             machine.run(f"{here} && sudo bash poweroff.sh 2h")
-        machine.pull("/mnt/runs", options.to, [] if options.checkpoints else ["checkpoints"])
-        if ends and not started:
-            machine.run(f"{here} && sudo bash poweroff.sh 10min")
+        try:
+            machine.pull("/mnt/runs", options.to, [] if options.checkpoints else ["checkpoints"])
+        finally:
+            if ends and not started:
+                machine.run(f"{here} && sudo bash poweroff.sh 10min", check=False)
     finally:
         if started:
             aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
@@ -665,12 +674,9 @@ def tear_down(options: TearDown, aws: Aws) -> None:
         tag_of(one, ROLE_TAG) == "runs" for one in volumes
     )
     confirm(options, "deletes:\n  " + "\n  ".join(lines) + f"\n{len(lines)} in all.{warning}")
-    if requests:
-        ids = [one["SpotInstanceRequestId"] for one in requests]
-        aws.change("ec2", "cancel-spot-instance-requests", "--spot-instance-request-ids", *ids)
-        if not aws.dry_run:  # one may have come since the list was made
-            instances = find_instances(aws, settings, states=there)
-    terminate(aws, instances)
+    cancel(aws, requests)
+    # One may have come since the list was made.
+    terminate(aws, instances if aws.dry_run else find_instances(aws, settings, states=there))
     # Those that were made for an instance are gone with it.
     left = {v["VolumeId"] for v in (volumes if aws.dry_run else find_volumes(aws, settings))}
     for volume in volumes:

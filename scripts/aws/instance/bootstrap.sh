@@ -17,11 +17,13 @@ failed() {
     fi
 }
 trap failed ERR
+# First, since EC2 may take the machine during the rest: given back, it goes on by itself.
+sed -e "s|@USER@|$(id -un)|" -e "s|@FOLDER@|$PWD|" \
+    $here/resnet50-trainer.service >resnet50-trainer.service
+sudo systemctl daemon-reload
+sudo systemctl enable "$PWD/resnet50-trainer.service"
 bash $here/install.sh
 sudo --preserve-env bash $here/start.sh
 echo "looking whether this machine can do the job ..."
 bash $here/train.sh --dry-run
-sed -e "s|@USER@|$(id -un)|" -e "s|@FOLDER@|$PWD|" \
-    $here/resnet50-trainer.service >resnet50-trainer.service
-sudo systemctl daemon-reload
-sudo systemctl enable --now "$PWD/resnet50-trainer.service"
+sudo systemctl start resnet50-trainer

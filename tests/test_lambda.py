@@ -383,9 +383,11 @@ def test_the_life_of_a_function(
     assert aws(emulator, "lambda", "get-function-url-config", *NAME)["AuthType"] == "NONE"
     command("deploy", "--yes")
     assert changes(emulator) == [
-        *("UpdateFunctionConfiguration", "DeleteFunctionConcurrency"),
+        "UpdateFunctionConfiguration",  # not the limit, which is taken away when that is asked for
         *("RemovePermission", "RemovePermission", "UpdateFunctionUrlConfig"),
     ]
+    command("deploy", "--yes", "--max-concurrency", 0)
+    assert changes(emulator) == ["DeleteFunctionConcurrency"]
 
     assert "deletes:" in command("remove", "--dry-run")
     assert "nobody is there to ask" in command("remove", code=2)

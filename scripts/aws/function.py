@@ -69,8 +69,9 @@ class Deploy(Options):
     """folder that holds the runs"""
     public: bool = False
     """let everybody call it, without credentials, at this account's expense"""
-    max_concurrency: int = 0
-    """how many requests at once it may answer, which limits its price; 0: as many as the account"""
+    max_concurrency: int | None = None
+    """how many requests at once it may answer, which limits its price; 0: as many as the account;
+    not given: as before"""
     image_bucket: str = ""
     """bucket of whose pictures it may be asked by their keys; empty: none"""
     memory_mb: int = 1769
@@ -232,7 +233,7 @@ def deploy(options: Deploy, aws: Aws) -> None:
     settings = options.settings
     if not 1536 <= options.memory_mb <= 10_240:
         raise UserError(f"memory_mb is {options.memory_mb}: it must be 1,536 to 10,240")
-    if options.max_concurrency < 0:
+    if (options.max_concurrency or 0) < 0:
         raise UserError(f"max_concurrency is {options.max_concurrency}: it must be 0 or more")
     export = find_export(options)
     function = find_function(aws, settings)
@@ -408,6 +409,8 @@ def configure(aws: Aws, options: Deploy, has: dict[str, Any]) -> None:
 
 def limit_concurrency(aws: Aws, options: Deploy) -> None:
     """Reserve as many instances as asked for; fewer than the account's rest must not be left."""
+    if options.max_concurrency is None:
+        return
     name = ("--function-name", options.settings.project)
     has = found(aws, "lambda", "get-function-concurrency", *name) or {}
     if has.get("ReservedConcurrentExecutions", 0) == options.max_concurrency:

@@ -653,6 +653,38 @@ def test_a_new_instance_profile_is_waited_for(
     assert "is rented, and costs" in done.stdout
 
 
+def test_what_the_disks_cost_is_said_before_they_are_rented(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    # 75 + 20 GB with the system, 20 for the runs, 60 of the data at 437 MB/s, 312 above what is free.
+    said = cloud(environment, "launch", "--dry-run").stdout
+    assert f"175 GB of disks cost ${175 * 0.08 + 312 * 0.04:.2f} a month" in said
+    options = ("--data-throughput", "125", "--data-iops", "4000", "--runs-gb", "30")
+    said = cloud(environment, "launch", "--dry-run", *options).stdout
+    assert f"185 GB of disks cost ${185 * 0.08 + 1000 * 0.005:.2f} a month" in said
+
+
+def test_a_budget_needs_a_price_that_is_known(
+    emulator: Emulator, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(emulator)
+    dry = ("launch", "--dry-run", "--market", "on-demand", "--budget-usd", "9")
+    assert "at $1.006 an hour now" in cloud(environment, *dry).stdout
+    said = refused(environment, *dry, "--instance-type", "g5.12xlarge")
+    assert "the price of a g5.12xlarge in us-east-1" in said and "--price-per-hour" in said
+    own = "--trainer-options=--price-per-hour 5.7"
+    known = cloud(environment, *dry, "--instance-type", "g5.12xlarge", own)
+    assert known.returncode == 0, known.stderr
+
+    # What is known are the prices of some regions.
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import cloud as commands
+
+    assert commands.on_demand_price("g5.xlarge", "us-west-2c") == 1.006
+    assert commands.on_demand_price("g5.xlarge", "eu-central-1a") is None
+
+
 # ------------------------------------------------------------------------------ settings
 
 

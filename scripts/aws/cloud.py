@@ -47,6 +47,7 @@ from resources import (
     find_spot_requests,
     find_volumes,
     instance_state,
+    newest_image,
     once_its_profile_is_known,
     only,
     placement_scores,
@@ -66,11 +67,16 @@ from utils import UserError, parse_options, run_stage
 RUNS_DEVICE, DATA_DEVICE = "/dev/sdg", "/dev/sdf"  # names that EC2 wants; Linux has others
 LOGIN_S = 900.0  # how long a machine may take until it lets us log in
 SNAPSHOT_POLL_S = 15.0
+PREPARE_MB_S = 250  # of the volume that the data is packed onto
+EXTRA_ROOT_GB = 20  # beside the image's own size
 # US dollars in us-east-1 in November 2026, to say what is about to be spent.
 PREPARE_USD_H = 0.18  # a c7i.xlarge on demand
 GP3_GB_MONTH_USD, SNAPSHOT_GB_MONTH_USD, FILLING_GB_USD = 0.08, 0.05, 0.0036
+GP3_MB_S_MONTH_USD, GP3_FREE_MB_S = 0.04, 125  # throughput
+GP3_IOPS_MONTH_USD, GP3_FREE_IOPS = 0.005, 3000
 MONTH_H = 730
 PRICE = "--price-per-hour"  # of trainer.py
+ON_DEMAND_REGIONS = ("us-east-1", "us-east-2", "us-west-2")  # with these prices; others are dearer
 ON_DEMAND_USD_H = {
     "g5.xlarge": 1.006,
     "g5.2xlarge": 1.212,
@@ -261,6 +267,30 @@ def describe(instance: dict[str, Any]) -> str:
     return f"{instance['InstanceId']}, {instance['InstanceType']}, {market}, {zone}"
 
 
+def on_demand_price(instance_type: str, zone: str) -> float | None:
+    """US dollars an hour on demand, where it is known here."""
+    known = zone[:-1] in ON_DEMAND_REGIONS
+    return ON_DEMAND_USD_H.get(instance_type) if known else None
+
+
+def check_budget(settings: Settings, price: float | None, zone: str) -> None:
+    """Refuse a budget where nobody knows the price that is to be added up; raises UserError."""
+    if settings.budget_usd and price is None and PRICE not in settings.trainer_options:
+        raise UserError(
+            f"budget_usd is {settings.budget_usd}, and the price of a {settings.instance_type} in "
+            f"{zone} is not known here: give {PRICE} in trainer_options"
+        )
+
+
+def gp3_month_usd(size_gb: int, mb_s: int = GP3_FREE_MB_S, iops: int = GP3_FREE_IOPS) -> float:
+    """US dollars a month of a gp3 volume, whose first throughput and reads a second are free."""
+    return (
+        size_gb * GP3_GB_MONTH_USD
+        + (mb_s - GP3_FREE_MB_S) * GP3_MB_S_MONTH_USD
+        + (iops - GP3_FREE_IOPS) * GP3_IOPS_MONTH_USD
+    )
+
+
 # ------------------------------------------------------------------------------ the commands
 
 
@@ -298,7 +328,8 @@ def prepare(options: Prepare, aws: Aws) -> None:
     if snapshot is None:
         credentials = kaggle_credentials() if settings.data_set != "imagenette" else None
         if instance is None:
-            disks_usd = (settings.archive_gb + settings.data_gb) * GP3_GB_MONTH_USD / MONTH_H
+            disks_usd = gp3_month_usd(settings.archive_gb) / MONTH_H
+            disks_usd += gp3_month_usd(settings.data_gb, PREPARE_MB_S) / MONTH_H
             kept_usd = settings.data_gb * SNAPSHOT_GB_MONTH_USD
             confirm(
                 options,
@@ -344,7 +375,7 @@ def prepared_volume(
     wait_until(aws, "instance-running", "--instance-ids", instance_id)
     volume = ensure_volume(
         aws, settings, "data", instance["Placement"]["AvailabilityZone"], settings.data_gb,
-        ["--throughput", "250"],
+        ["--throughput", str(PREPARE_MB_S)],
     )  # fmt: skip
     attach(aws, volume, instance_id, DATA_DEVICE)
     machine = log_in(aws, settings, instance_id)
@@ -374,13 +405,6 @@ def wait_for_snapshot(aws: Aws, snapshot: dict[str, Any]) -> None:
 def launch(options: Launch, aws: Aws) -> None:
     """Rent the GPU, unless that was done, and see to it that the trainer runs and will run."""
     settings = options.settings
-    on_demand = settings.market == "on-demand"
-    price_known = settings.instance_type in ON_DEMAND_USD_H
-    if settings.budget_usd and on_demand and not (price_known or PRICE in settings.trainer_options):
-        raise UserError(
-            f"budget_usd is {settings.budget_usd}, and the price of a {settings.instance_type} is "
-            f"not known here: give {PRICE} in trainer_options"
-        )
     instance = only(find_instances(aws, settings, "train"), "training instances")
     if instance is None:
         if requests := find_spot_requests(aws, settings):
@@ -487,16 +511,20 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
             )
         zones = [home]
     spot = settings.market == "spot"
-    on_demand = ON_DEMAND_USD_H.get(settings.instance_type)
+    on_demand = on_demand_price(settings.instance_type, zones[0])
     price = found.get((settings.instance_type, zones[0])) if spot else on_demand
-    disks_gb = size_gb + settings.runs_gb
+    check_budget(settings, price, zones[0])
+    _, _, root_gb = newest_image(aws, settings.gpu_ami)
+    disks_gb = root_gb + EXTRA_ROOT_GB + size_gb + settings.runs_gb
+    disks_usd = gp3_month_usd(root_gb + EXTRA_ROOT_GB) + gp3_month_usd(settings.runs_gb)
+    disks_usd += gp3_month_usd(size_gb, settings.data_throughput, settings.data_iops)
     filling_usd = size_gb * FILLING_GB_USD * bool(settings.initialization_rate)
     rate = f"${price:.3f} an hour now" if price else "its price on demand"
     confirm(
         options,
         f"rents a {settings.instance_type}, {settings.market}, in {zones[0]} at {rate}; "
-        f"{disks_gb} GB of disks beside its own cost ${disks_gb * GP3_GB_MONTH_USD:.2f} a month, "
-        f"running or stopped, and filling one of them ${filling_usd:.2f} once",
+        f"{disks_gb} GB of disks cost ${disks_usd:.2f} a month in the cheapest regions, running or "
+        f"stopped, until tear-down, and filling one of them ${filling_usd:.2f} once",
     )
     data = {
         "SnapshotId": snapshot["SnapshotId"],
@@ -518,7 +546,7 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
             json.dumps({"MarketType": "spot", "SpotOptions": market}),
         ]
     return run_instance(
-        aws, settings, "train", settings.instance_type, zones, settings.gpu_ami, 20, more,
+        aws, settings, "train", settings.instance_type, zones, settings.gpu_ami, EXTRA_ROOT_GB, more,
         [{"DeviceName": DATA_DEVICE, "Ebs": data}],
     )  # fmt: skip
 
@@ -533,7 +561,8 @@ def instance_env(aws: Aws, settings: Settings, instance_id: str, runs: dict[str,
     if "InstanceLifecycle" in instance:
         price = spot_prices(aws, [kind]).get((kind, zone))
     else:
-        price = ON_DEMAND_USD_H.get(kind)
+        price = on_demand_price(kind, zone)
+    check_budget(settings, price, zone)
     # First, so that one in trainer_options has the last word.
     arguments = [f"{PRICE} {price}"] if price else []
     arguments += [settings.trainer_options]
@@ -629,7 +658,7 @@ def stop(options: Stop, aws: Aws) -> None:
     aws.change("ec2", "stop-instances", "--instance-ids", instance["InstanceId"])
     wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
     if not aws.dry_run:
-        print("stopped, with everything saved; its disks stay, and launch goes on")
+        print("stopped, with everything saved; its disks stay, and cost, and launch goes on")
 
 
 def tear_down(options: TearDown, aws: Aws) -> None:

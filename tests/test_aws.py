@@ -657,7 +657,7 @@ def test_what_the_disks_cost_is_said_before_they_are_rented(
     emulator: Emulator, environment: dict[str, str]
 ) -> None:
     snapshot(emulator)
-    # 75 + 20 GB with the system, 20 for the runs, 60 of the data at 437 MB/s, 312 above what is free.
+    # 75 + 20 GB with the system, 20 for the runs, 60 of the data at 437 MB/s; 125 are free.
     said = cloud(environment, "launch", "--dry-run").stdout
     assert f"175 GB of disks cost ${175 * 0.08 + 312 * 0.04:.2f} a month" in said
     options = ("--data-throughput", "125", "--data-iops", "4000", "--runs-gb", "30")

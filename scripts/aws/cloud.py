@@ -546,8 +546,8 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
             json.dumps({"MarketType": "spot", "SpotOptions": market}),
         ]
     return run_instance(
-        aws, settings, "train", settings.instance_type, zones, settings.gpu_ami, EXTRA_ROOT_GB, more,
-        [{"DeviceName": DATA_DEVICE, "Ebs": data}],
+        aws, settings, "train", settings.instance_type, zones, settings.gpu_ami, EXTRA_ROOT_GB,
+        more, [{"DeviceName": DATA_DEVICE, "Ebs": data}],
     )  # fmt: skip
 
 

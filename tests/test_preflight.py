@@ -469,3 +469,23 @@ def test_files_are_read_from_the_disk_again(images: Path) -> None:
     train_set.forget(chosen)
     preflight.read_some(train_set, chosen, 2)
     assert read_bytes() == before + 2 * cold
+
+
+def test_a_long_first_step_does_not_end_the_timing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is compiled: what follows would be two steps on the loader's stock."""
+    monkeypatch.setattr(preflight, "TIMED_S", 0.5)
+    make_images(tmp_path, classes=2, images=16)
+    train_set = image_files.open_image_set(str(tmp_path / "train"), "train")
+    config = Config(batch_size=2, workers=1)
+    durations = iter([1.0])
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        time.sleep(next(durations, 0.0))
+
+    timing = preflight.time_steps(
+        config, 32, torch.device("cpu"), train_set, np.arange(len(train_set)), step
+    )
+    assert timing.steps == preflight.TIMED_STEPS // 2
+    assert timing.step_s < 0.5

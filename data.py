@@ -252,7 +252,7 @@ def to_device(host_batches: Iterator[Batch], device: torch.device) -> Iterator[B
     if device.type != "cuda":
         yield from host_batches
         return
-    copies = torch.cuda.Stream(device)
+    copies = _copy_stream(device)
 
     def start_copy(batch: Batch) -> tuple[list[torch.Tensor], torch.cuda.Event]:
         with torch.cuda.stream(copies):
@@ -274,6 +274,12 @@ def to_device(host_batches: Iterator[Batch], device: torch.device) -> Iterator[B
         underway = coming
     if underway is not None:
         yield hand_over(*underway)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: memory that was freed on a stream is used again on that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model import load_weights
-from utils import MEAN, STD, UserError
+from utils import MEAN, STD, UserError, is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gradio_deploy"))
 
@@ -143,9 +143,9 @@ def check_size(
     try:
         with torch.inference_mode():
             shape = tuple(predict(torch.zeros(1, 3, px, px, device=device)).shape)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # ONNX Runtime and torch.export have classes of their own
+        if is_out_of_memory(error):
+            raise
         if px == export["input_px"]:
             raise UserError(again(f"{path} does not run ({error})")) from None
         raise UserError(

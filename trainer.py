@@ -50,6 +50,7 @@ from utils import (
     UserError,
     check_config,
     format_duration,
+    is_out_of_memory,
     learning_rate,
     log,
     parse_options,
@@ -317,10 +318,14 @@ def dry_run(
         engine.train_step(run, images, labels, rate, mix=mix).item()
 
     run.model.train()
-    with contextlib.suppress(torch.OutOfMemoryError):  # and with it the memory of the failed step
+    try:
         sys.exit(
             preflight.dry_run(config, folder, run.device, state, images, train_set, val_set, step)
         )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # By now the error is gone, and with it the memory of the step that failed.
     raise UserError(advise_batch_size(run, config, "batch_size"))
 
 
@@ -347,12 +352,16 @@ def advise_batch_size(run: engine.Run, config: Config, setting: str) -> str:
                 engine.train_step(run, images, labels, 0.0).item()
             else:
                 engine.evaluate(run.model, iter([(images, labels)]), run.device, precision, bool)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             continue
-        advice = f"--{setting.replace('_', '-')} {size} would, as was tried just now"
-        if setting == "batch_size":
+        option = "micro_batch_size" if setting == "batch_size" and run.history else setting
+        advice = f"--{option.replace('_', '-')} {size} would, as was tried just now"
+        if option == "batch_size":
             advice += f", with --max-lr {config.max_lr * size / asked:.3g} to go with it"
-            advice += ", under another --name" * bool(run.history)
+        elif option != setting:  # which a run that has begun may still change
+            advice += ", and goes on with this run, its batches in parts"
         break
     else:
         advice = "no smaller one would either: see what else uses the memory"
@@ -599,7 +608,7 @@ def main() -> None:
         except RuntimeError as error:
             distributed.refuse_lost(error)
             # Of several processes, the others wait for this step.
-            if not isinstance(error, torch.OutOfMemoryError) or distributed.processes() > 1:
+            if not is_out_of_memory(error) or distributed.processes() > 1:
                 raise
             short_of_memory = True
             if not run.model.training:  # in validation; a step broken off would be half done

@@ -529,13 +529,25 @@ def run_stage(main: Callable[[], None]) -> None:
         advice = ": make room, and give the same command again" * (error.errno in FULL_DISK)
         _end(f"{error.filename or 'the disk'}: {error.strerror}{advice}", EXIT_USER_ERROR)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported here
+        if not is_out_of_memory(error):
             raise
         _end(
             "the GPU has too little memory: use a smaller --micro-batch-size, --batch-size, "
             "--val-batch-size or --train-px, or end what else runs on it (see nvidia-smi)",
             EXIT_USER_ERROR,
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the GPU had too little memory, by PyTorch's own class or in its libraries' words.
+
+    Where all of cuDNN's ways to compute a convolution need more than is left, it finds no engine.
+    """
+    words = ("out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError"  # PyTorch is not imported here
+        or any(some in str(error) for some in words)
+    )
 
 
 def _end(text: str, exit_code: int) -> None:

@@ -258,13 +258,32 @@ def test_a_device_that_is_not_there_is_refused(
     assert tree(folder) == before
 
 
-def test_too_little_gpu_memory_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\n(advice)"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
+def test_too_little_gpu_memory_is_told_in_one_line(
+    error: RuntimeError, capsys: pytest.CaptureFixture[str]
+) -> None:
     def main() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\n(advice)")
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         utils.run_stage(main)
     check_refused(stop.value.code, capsys.readouterr().err, "too little memory", "--batch-size")
+
+
+def test_other_errors_are_not_taken_for_too_little_memory() -> None:
+    def main() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        utils.run_stage(main)
 
 
 # ------------------------------------------------------------------------------ images

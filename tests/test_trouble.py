@@ -194,6 +194,8 @@ SMALL_GPU = """
 train_step, evaluate = engine.train_step, engine.evaluate
 def small_step(run, images, *arguments):
     if len(images) > 100:
+        if len(images) > 120:
+            raise RuntimeError("FIND was unable to find an engine to execute this computation")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return train_step(run, images, *arguments)
 def small_evaluate(model, batches, *arguments):
@@ -229,6 +231,25 @@ def test_too_little_memory_names_a_batch_that_fits(settings: Settings, tmp_path:
     done = train_with(SMALL_GPU, {**settings, "batch_size": 98, "val_batch_size": 5})
     assert done.returncode == 0, done.stderr
     assert "resumed after 0 epochs and 2 steps" in done.stdout  # which were not lost
+
+
+def test_a_run_that_has_begun_is_told_to_compute_its_batches_in_parts(
+    settings: Settings, tmp_path: Path
+) -> None:
+    make_images(tmp_path / "many", classes=2, images=64)
+    settings = {
+        **settings,
+        **{f"{part}_folder_name": str(tmp_path / "many" / part) for part in ("train", "val")},
+        **{"batch_size": 128, "val_batch_size": 5, "epochs": 2},
+    }
+    first = SMALL_GPU.replace(
+        "    if len(images) > 100:", "    if len(images) > 100 and run.history:"
+    )
+    line = error_line(train_with(first, settings), 2)
+    assert "--micro-batch-size 98 would, as was tried just now, and goes on with this run" in line
+    done = train_with("", {**settings, "micro_batch_size": 98})
+    assert done.returncode == 0, done.stderr
+    assert "resumed after 1 epoch" in done.stdout
 
 
 def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:

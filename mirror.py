@@ -433,10 +433,9 @@ class Mirror:
         with self._changed:
             # Where an hour is allowed, it is for a slow network, not for one that fails.
             self._changed.wait_for(
-                lambda: self._answered == self._asked or (self._trouble and timeout_s > FINISHED_S),
-                timeout_s,
+                lambda: self.is_complete() or (self._trouble and timeout_s > FINISHED_S), timeout_s
             )
-            complete = self._answered == self._asked
+            complete = self.is_complete()
             trouble = self._trouble or "it takes too long"
         if complete:
             log.info("the mirror %s is complete", self.url)
@@ -446,6 +445,10 @@ class Mirror:
                 self.url, trouble,
             )  # fmt: skip
         return complete
+
+    def is_complete(self) -> bool:
+        """Whether all copies that were asked for are there; of nothing, where there is no mirror."""
+        return self._answered == self._asked
 
     def _work(self) -> None:
         wait_s = 1.0

@@ -13,7 +13,7 @@ Reads a folder of training and one of validation images. Writes into runs/<name>
 metrics.jsonl, train.log, checkpoints/, best.pt and last.pt (weights under torchvision's names) and
 result.json; sessions.jsonl tells what each start cost. The same command again goes on where the run
 was. Exit code 75 says that a signal, or EC2's notice that it takes the instance, stopped it with
-everything saved, 76 that its budget is spent.
+everything saved, 76 that its budget is spent, 77 that it is finished but its mirror not complete.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from utils import (
     EXIT_BUDGET,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_NOT_COPIED,
     EXIT_USER_ERROR,
     FETCHED,
     Config,
@@ -525,6 +526,15 @@ def over(config: Config, folder: Path, state: dict[str, Any] | None) -> int | No
     return EXIT_BUDGET if sessions.budget_is_spent(folder, config) else None
 
 
+def ended(exit_code: int, copies: mirror.Mirror) -> int:
+    """The exit code at the end: that of a finished run tells whether its mirror is complete.
+
+    Where it is not, this machine may have the only copy. Out of budget, the budget comes first: to
+    try again costs money too.
+    """
+    return EXIT_NOT_COPIED if exit_code == 0 and not copies.is_complete() else exit_code
+
+
 def main() -> None:
     """Train a run to its end, from wherever it stands."""
     requests = interruption.note_signals(nothing_to_save=True)
@@ -544,8 +554,7 @@ def main() -> None:
     exit_code = None if options.dry_run else from_main(over, config, folder, state)
     if exit_code is not None:
         copies.finish(mirror.COMPLETED_S)
-        distributed.wait_for_all()
-        sys.exit(exit_code)
+        sys.exit(from_main(ended, exit_code, copies))
     train_set, val_set, skipped = open_images(config, state)
     images = {"train": train_set.fingerprint(), "val": val_set.fingerprint(), "skipped": skipped}
     with distributed.agreed():
@@ -617,8 +626,8 @@ def main() -> None:
         setting = "micro_batch_size" if config.micro_batch_size else "batch_size"
         setting = setting if run.model.training else "val_batch_size"
         raise UserError(advise_batch_size(run, config, setting))
-    distributed.wait_for_all()  # torchrun ends the main process if another ends before it
-    sys.exit(exit_code)
+    # This waits for all: torchrun ends the main process if another ends before it.
+    sys.exit(from_main(ended, exit_code, copies))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ EXIT_FAILED = 1  # training itself went wrong, for example a loss that is not a 
 EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is wrong
 EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
 EXIT_BUDGET = 76  # the budget is spent, everything is saved; only a higher one goes on
+EXIT_NOT_COPIED = 77  # finished, but the mirror lacks something; the same command completes it
 
 # In a run's folder: it is a copy of the run on a rented machine, and may be copied over again.
 FETCHED = ".fetched"

@@ -871,6 +871,41 @@ def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
     revived.close()
 
 
+# The trainer, whose last copies are given up sooner.
+IMPATIENT = """if True:
+    import mirror, trainer, utils
+    mirror.FINISHED_S = 2.0
+    utils.run_stage(trainer.main)
+"""
+
+
+def test_a_finished_run_says_by_its_exit_code_that_its_mirror_is_not_complete(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    def ends_with(code: int, text: str, *options: str) -> None:
+        done = quick_start.run(
+            [sys.executable, "-c", IMPATIENT, *as_options(settings), "--mirror", url, *options],
+            cwd=REPOSITORY,
+            env=COMMAND_ENVIRONMENT,
+            timeout=120,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert text in done.stdout
+
+    settings |= {"epochs": 1, "price_per_hour": 1.0}
+    disk, url = tmp_path / "disk", ""
+    ends_with(0, "finished in ")
+    url = f"file://{disk}"
+    incomplete = f"the mirror {url} is not complete"
+    ends_with(77, incomplete)
+    ends_with(76, incomplete, "--extra-epochs", "1", "--budget-usd", "1e-6")
+    ends_with(77, incomplete, "--extra-epochs", "1")  # at the end of training, too
+    disk.mkdir()
+    ends_with(0, f"the mirror {url} is complete", "--extra-epochs", "1")
+    there = contents(disk / "plain")
+    assert there.items() >= {"best.pt": (tmp_path / "runs/plain/best.pt").read_bytes()}.items()
+
+
 def test_nothing_is_begun_anew_while_the_mirror_cannot_be_read(
     settings: dict[str, object], bucket: Bucket, proxy: Proxy
 ) -> None:

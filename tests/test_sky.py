@@ -84,6 +84,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(zip(tasks, json.loads(answer.stdout), strict=True))
 
 
+# In place of the environment that the machine has: each start of the trainer takes the next of some
+# exit codes, and a pause only counts.
+STAND_IN = """
+python3() { read -r code < codes; sed -i 1d codes; echo started "$code"; return "$code"; }
+sleep() { echo "paused $1 s"; SECONDS=$((SECONDS + $1)); }
+"""
+
+
 def run_command(task: dict[str, Any], home: Path, **envs: str) -> subprocess.CompletedProcess[str]:
     """Run the task's command here, as SkyPilot runs it on a machine."""
     return subprocess.run(
@@ -145,3 +153,25 @@ def test_its_command_ends_as_the_trainer_does(answers: dict[str, Any], tmp_path:
     answer = run_command(answers["as it stands"], tmp_path)
     assert answer.returncode == 2
     assert "device is cuda, but PyTorch sees no GPU" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "end", "starts"),
+    [([0], 0, 1), ([75], 75, 1), ([77, 77, 0], 0, 3), ([77, 75], 75, 2), ([77] * 300, 77, 181)],
+)
+def test_a_mirror_that_is_not_complete_is_completed_before_the_machine_goes(
+    codes: list[int], end: int, starts: int, answers: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(STAND_IN)
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    answer = subprocess.run(
+        ["bash", "-c", answers["as it stands"]["run"]],
+        cwd=tmp_path,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert (answer.returncode, answer.stderr) == (end, "")
+    assert answer.stdout.count("started") == starts
+    assert answer.stdout.count("paused 120 s") == starts - 1

@@ -4,7 +4,7 @@
 set -euo pipefail
 case ${EXIT_CODE:-}/${EXIT_STATUS:-} in
 exited/75) exit 0 ;; # interrupted with everything saved
-exited/*) ;;         # finished, failed, or out of budget
+exited/*) ;;         # finished, failed, or out of budget; 77: /mnt/runs keeps what was not copied
 *)                   # killed, or stopped before it began: what is killed at every start would pay for ever
     if [ "$(systemctl show --property NRestarts --value resnet50-trainer)" -lt 10 ]; then exit 0; fi
     ;;

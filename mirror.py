@@ -20,13 +20,14 @@ import dataclasses
 import email.utils
 import hashlib
 import io
+import os
 import re
 import secrets
 import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -106,17 +107,38 @@ class _S3Store:
     """A prefix of an S3 bucket; the credentials are those that boto3 finds."""
 
     def __init__(self, bucket: str, folder: str) -> None:
+        self.bucket, self.folder = bucket, folder
+        self.clock_ahead_s: float | None = None  # of this machine, by the store's last answer
+        self._client = self._connect()
+
+    def _connect(self) -> Any:
         import boto3
         import botocore.config
 
-        self.bucket, self.folder = bucket, folder
+        # By itself botocore gives an instance's role one second, once, to name its credentials.
+        os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "5")
+        os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
         # Without retries of its own: the mirror has them, and says so.
         config = botocore.config.Config(
             connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
         )
-        self.client = boto3.session.Session().client("s3", config=config)
-        self.clock_ahead_s: float | None = None  # of this machine, by the store's last answer
-        self.client.meta.events.register("after-call.s3", self._note_clock)
+        client = boto3.session.Session().client("s3", config=config)
+        client.meta.events.register("after-call.s3", self._note_clock)
+        return client
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[Any]:
+        """The client. After a failure it is made anew, in a session of its own.
+
+        For a client keeps what it found when it was made: no credentials, or those of a file that
+        has been written anew since.
+        """
+        self._client = self._client or self._connect()
+        try:
+            yield self._client
+        except Exception:
+            self._client = None
+            raise
 
     def _note_clock(self, parsed: dict[str, Any], **_: object) -> None:
         with contextlib.suppress(KeyError, ValueError, TypeError):
@@ -125,25 +147,30 @@ class _S3Store:
             self.clock_ahead_s = time.time() - there
 
     def sizes(self) -> dict[str, int]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=f"{self.folder}/"
-        )
-        files = [file for page in pages for file in page.get("Contents", ())]
+        with self._asked() as client:
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=f"{self.folder}/"
+            )
+            files = [file for page in pages for file in page.get("Contents", ())]
         return {file["Key"].removeprefix(f"{self.folder}/"): file["Size"] for file in files}
 
     def read(self, name: str) -> bytes:
-        return self.client.get_object(**self._named(name))["Body"].read()
+        with self._asked() as client:
+            return client.get_object(**self._named(name))["Body"].read()
 
     def write(self, name: str, content: bytes) -> None:
-        self.client.put_object(
-            **self._named(name),
-            Body=io.BytesIO(content),  # sent block by block, each with the whole timeout
-            ChecksumAlgorithm="SHA256",
-            ChecksumSHA256=base64.b64encode(hashlib.sha256(content).digest()).decode(),
-        )
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        with self._asked() as client:
+            client.put_object(
+                **self._named(name),
+                Body=io.BytesIO(content),  # sent block by block, each with the whole timeout
+                ChecksumAlgorithm="SHA256",
+                ChecksumSHA256=digest,
+            )
 
     def holds(self, name: str, content: bytes) -> bool:
-        head = self.client.head_object(**self._named(name), ChecksumMode="ENABLED")
+        with self._asked() as client:
+            head = client.head_object(**self._named(name), ChecksumMode="ENABLED")
         if head["ContentLength"] != len(content):
             return False
         if "ChecksumSHA256" not in head:
@@ -151,7 +178,8 @@ class _S3Store:
         return base64.b64decode(head["ChecksumSHA256"]) == hashlib.sha256(content).digest()
 
     def remove(self, name: str) -> None:
-        self.client.delete_object(**self._named(name))
+        with self._asked() as client:
+            client.delete_object(**self._named(name))
 
     def _named(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self.folder}/{name}"}

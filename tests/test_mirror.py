@@ -86,6 +86,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 
     allow_reuse_address = True
     fault: Any = None  # a status to answer with, "hang", "slow", "forget checksums"
+    knows = ""  # the key that has not expired; any, if empty
     damage_next = ""  # the method whose next body is altered on its way
     upstream: int
 
@@ -126,6 +127,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if isinstance(self.server.fault, int):
             self.refuse(self.server.fault, "AccessDenied" if self.server.fault == 403 else "Error")
+            return
+        if self.server.knows not in self.headers.get("Authorization", ""):
+            self.refuse(400, "ExpiredToken")
             return
         if self.server.fault == "slow":
             time.sleep(0.2)
@@ -387,6 +391,39 @@ def test_a_store_that_fails_and_comes_back_is_made_complete(
     assert SECRET not in caplog.text and CREDENTIALS["AWS_ACCESS_KEY_ID"] not in caplog.text
     if working is not proxy:
         working.close()
+
+
+@pytest.mark.parametrize(
+    ("earlier", "words"), [("", "no credentials: "), ("AKIAold", "it answers 400 ExpiredToken")]
+)
+def test_credentials_that_are_written_while_it_runs_are_found(
+    earlier: str,
+    words: str,
+    folder: Path,
+    bucket: Bucket,
+    proxy: Proxy,
+    tmp_path: Path,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "credentials"
+
+    def write(key: str) -> None:
+        lines = (f"aws_access_key_id={key}", f"aws_secret_access_key={SECRET}") if key else ()
+        file.write_text("\n".join(("[default]", *lines)))
+
+    write(earlier)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    proxy.knows = "AKIAnew"
+    save(folder, 1)
+    copies = mirror.start(bucket.url, folder)
+    copies.copy()
+    wait_for(lambda: said(caplog, f"fails ({words}"))
+    write("AKIAnew")
+    assert copies.finish(10)
+    assert_complete(bucket, folder)
 
 
 @pytest.mark.parametrize("fault", [500, "hang", "down"])

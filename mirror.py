@@ -193,6 +193,8 @@ class _HuggingFaceStore:
 
     def __init__(self, repo_type: str, repo_id: str, folder: str) -> None:
         self.hub = quiet_hub()
+        # Nor here: six tries of a file that hangs would be silent for minutes.
+        self.hub.utils.http_backoff.__kwdefaults__["max_retries"] = 0
         self.api = self.hub.HfApi()
         self.repo, self.folder = {"repo_type": repo_type, "repo_id": repo_id}, folder
 
@@ -228,9 +230,10 @@ def quiet_hub() -> Any:
     """The package huggingface_hub, told to give up after TIMEOUT_S and to print nothing.
 
     By itself it waits for ever, shows bars, and prints the addresses that failed, of which some are
-    signed.
+    signed. Large files go by Git LFS: their other way, hf_xet's, heeds no limit that is set here.
     """
     import huggingface_hub
+    import huggingface_hub.constants
     import huggingface_hub.errors
     import huggingface_hub.hf_api
     import huggingface_hub.utils
@@ -239,6 +242,7 @@ def quiet_hub() -> Any:
     hooks = {"request": [lambda request: request.extensions.update(timeout=limits)]}
     client = type(huggingface_hub.utils.get_session())
     huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, event_hooks=hooks))
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
     huggingface_hub.utils.disable_progress_bars()
     huggingface_hub.utils.logging.set_verbosity_error()
     return huggingface_hub
@@ -475,7 +479,7 @@ class Mirror:
         return complete
 
     def is_complete(self) -> bool:
-        """Whether all copies that were asked for are there; of nothing, where there is no mirror."""
+        """Whether all copies that were asked for are there; of none, where there is no mirror."""
         return self._answered == self._asked
 
     def _work(self) -> None:
@@ -690,6 +694,8 @@ def in_words(error: Exception) -> str:
     """What went wrong at a store; never its own text, in which a signed address may stand."""
     if isinstance(error, MirrorError):
         return str(error)
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        return in_words(error.__cause__)  # huggingface_hub's, of a large file
     answer: Any = getattr(error, "response", None)
     if isinstance(answer, dict):  # boto3's
         code = str(answer.get("Error", {}).get("Code", ""))

@@ -16,7 +16,7 @@ COMMIT = "0" * 40
 
 def is_large(path: str) -> bool:
     """Whether a file is kept beside git; the real hub goes by content and .gitattributes too."""
-    return path.endswith((".safetensors", ".png", ".jpg", ".onnx"))
+    return path.endswith((".pt", ".safetensors", ".png", ".jpg", ".onnx"))
 
 
 def blob(path: str, content: bytes) -> dict[str, Any]:
@@ -57,10 +57,12 @@ class Hub(http.server.ThreadingHTTPServer):
         self.user, self.organizations, self.role = "user", ["lab"], "write"
         self.fault: Any = None  # a status to answer with, "hang"
         self.fault_at = ""  # the part of a path that alone is answered so; all, if empty
+        self.stop_next = False  # halfway in the next large file, and never go on
         self.hurry = threading.Event()  # ends what hangs
         self.requests: list[tuple[str, str]] = []  # method and path
         self.created: list[dict[str, Any]] = []  # what each new repo was asked for with
         self.uploaded: dict[str, bytes] = {}  # large files by their SHA-256, before the commit
+        self.verified: set[str] = set()  # those whose arrival the client has asked about
         self.commits: list[list[str]] = []  # the paths that each of them changed
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
@@ -108,6 +110,11 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.create(json.loads(body))
         elif path == "/api/validate-yaml":
             self.validate(json.loads(body)["content"])
+        elif path == "/large/verify":
+            wanted = json.loads(body)
+            self.server.verified.add(wanted["oid"])
+            there = self.server.uploaded.get(wanted["oid"], b"")
+            self.answer(200 if len(there) == wanted["size"] else 404, {})
         elif found := re.fullmatch(r"/(.*)\.git/info/lfs/objects/batch", path):
             self.answer(200, {"transfer": "basic", "objects": self.places(json.loads(body))})
         elif found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/(preupload|commit)/main", path):
@@ -166,13 +173,22 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def places(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """Where Git LFS's client puts each file; https://github.com/git-lfs, docs/api/batch.md."""
+        large = f"{self.server.url}/large"
+        verify = {"href": f"{large}/verify"}
         return [
-            {**entry, "actions": {"upload": {"href": f"{self.server.url}/large/{entry['oid']}"}}}
+            {**entry, "actions": {"upload": {"href": f"{large}/{entry['oid']}"}, "verify": verify}}
             for entry in wanted["objects"]
         ]
 
     def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        size = int(self.headers["Content-Length"])
+        if self.server.stop_next:
+            self.server.stop_next = False
+            self.rfile.read(size // 2)
+            self.server.hurry.wait()
+            self.close_connection = True
+            return
+        body = self.rfile.read(size)
         oid = self.path.removeprefix("/large/")
         if self.refused(self.path):
             return
@@ -190,6 +206,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":
+                assert value["oid"] in self.server.verified
                 files[value["path"]] = self.server.uploaded[value["oid"]]
             if line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
                 missing = {"error": "A file with this name doesn't exist"}

@@ -761,9 +761,10 @@ HUB_PROGRAM = """if True:
     import sys, logging, pathlib
     import mirror, utils
     utils.start_log(None)
-    url, folder = sys.argv[1:]
+    url, folder, *timeout_s = sys.argv[1:]
+    if timeout_s:
+        mirror.TIMEOUT_S = float(timeout_s[0])
     if url.endswith("hang"):
-        mirror.TIMEOUT_S = 0.5
         mirror.open_store(url, "run").remove("best.pt")
     def main():
         copies = mirror.start(url, pathlib.Path(folder))
@@ -772,15 +773,20 @@ HUB_PROGRAM = """if True:
 """
 
 
+LARGE = ("best.pt", "last.pt")  # among others
+
+
 def test_a_hub_holds_the_copies_too(folder: Path) -> None:
     hub = Hub("datasets/user/repo")
     there_now = hub.repos["datasets/user/repo"]
     token = "hf_" + SECRET
 
-    def run(url: str = "hf://datasets/user/repo/runs") -> subprocess.CompletedProcess:
+    def run(
+        url: str = "hf://datasets/user/repo/runs", *timeout_s: str
+    ) -> subprocess.CompletedProcess:
         hub_at = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token}
         done = quick_start.run(
-            [sys.executable, "-c", HUB_PROGRAM, url, str(folder)],
+            [sys.executable, "-c", HUB_PROGRAM, url, str(folder), *timeout_s],
             cwd=REPOSITORY,
             env={**COMMAND_ENVIRONMENT, **hub_at, "HF_HUB_DISABLE_TELEMETRY": "1"},
             timeout=120,
@@ -798,6 +804,18 @@ def test_a_hub_holds_the_copies_too(folder: Path) -> None:
         save(folder, step, epochs=1)
         done = run()
         assert done.returncode == 0, done.stdout + done.stderr
+    assert there() == contents(folder)
+    assert {f"/large/{hashlib.sha256(there()[name]).hexdigest()}" for name in LARGE} <= {
+        path for method, path in hub.requests if method == "PUT"
+    }
+
+    # A transfer that stops halfway is given up, told, and begun again.
+    write_atomically(folder / "best.pt", random.Random(0).randbytes(30_000_000))
+    hub.stop_next = True
+    stopped = run("hf://datasets/user/repo/runs", "1")
+    assert not hub.stop_next
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert stopped.stdout.count("fails (it does not answer)") == 1, stopped.stdout
     assert there() == contents(folder)
 
     # Onto an empty machine; and the hub's repo may be missing, or the hub out of order.
@@ -817,7 +835,7 @@ def test_a_hub_holds_the_copies_too(folder: Path) -> None:
     assert "cannot be read (it answers 403): training goes on" in failed.stdout
     assert "is not complete (it answers 403)" in failed.stdout
     hub.fault = "hang"
-    assert "ReadTimeout" in run("hf://datasets/user/repo/hang").stderr
+    assert "ReadTimeout" in run("hf://datasets/user/repo/hang", "0.5").stderr
     hub.close()
 
 

@@ -20,6 +20,7 @@ import dataclasses
 import email.utils
 import hashlib
 import io
+import itertools
 import os
 import re
 import secrets
@@ -27,16 +28,24 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import checkpoint
 import sessions
-from utils import UserError, log, write_atomically
+from utils import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    UserError,
+    format_duration,
+    log,
+    write_atomically,
+)
 
 TIMEOUT_S = 20.0  # without a byte from a store, or to it
 LONGEST_WAIT_S = 60.0  # between two tries
+PATIENCE_S = 600.0  # at a start that needs a store which may yet answer: another machine takes long
 FINISHED_S = 60.0  # how long the last copies may take: of a run that is finished,
 INTERRUPTED_S = 20.0  # of one that has to end,
 COMPLETED_S = 3600.0  # and of one that was finished before, where nothing else waits
@@ -47,8 +56,6 @@ COPIED_FILES = (
     sessions.FILE,
 )
 SUMS = "SHA256SUMS"
-
-Answer = TypeVar("Answer")
 
 
 class MirrorError(Exception):
@@ -283,7 +290,8 @@ def start(url: str, folder: Path) -> "Mirror":
 
     If the folder has no checkpoint that is whole, the newest one of the mirror is fetched, with
     what goes with it. Raises UserError for a wrong address; if the folder has none and the mirror
-    cannot be read; and if the mirror's run is further on than the folder's.
+    cannot be read, with EXIT_INTERRUPTED where that may pass by itself; and if the mirror's run is
+    further on than the folder's.
     """
     if not url:
         return Mirror(url, folder, None)
@@ -293,7 +301,7 @@ def start(url: str, folder: Path) -> "Mirror":
     here = newest[0] if newest else None
     fetched: dict[str, bytes] = {}
     try:
-        fetched = mirror.later_than(here) if here else _patiently(lambda: mirror.later_than(None))
+        fetched = mirror.later_than(here) if here else _patiently(mirror)
     except UserError:
         raise
     except Exception as error:  # boto3's, huggingface_hub's and the system's have nothing in common
@@ -301,7 +309,8 @@ def start(url: str, folder: Path) -> "Mirror":
         if here is None:
             raise UserError(
                 f"the mirror {url} cannot be read ({words}), and {folder} has no checkpoint: a run "
-                "that is there would be begun anew: mend it, or leave out --mirror"
+                "that is there would be begun anew: mend it, or leave out --mirror",
+                EXIT_INTERRUPTED if _may_pass(error) else EXIT_USER_ERROR,
             ) from None
         log.warning("the mirror %s cannot be read (%s): training goes on", url, words)
     paid_here = folder / sessions.FILE
@@ -675,35 +684,65 @@ def _version(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _patiently(action: Callable[[], Answer]) -> Answer:
-    """The answer of one of three tries, or what the last of them raised."""
-    started = time.monotonic()
-    for wait_s in (1, 2):
+def _patiently(mirror: Mirror) -> dict[str, bytes]:
+    """What a mirror has for an empty folder, or what the last of some tries raised.
+
+    Three, within seconds; what may pass by itself is tried for PATIENCE_S, and told once a minute.
+    """
+    started, told = time.monotonic(), 0
+    for tries in itertools.count(1):
         try:
-            return action()
+            return mirror.later_than(None)
         except UserError:
             raise
-        except Exception:
-            if time.monotonic() - started > TIMEOUT_S:  # long enough
+        except Exception as error:
+            past_s = time.monotonic() - started
+            if tries >= 3 and not (_may_pass(error) and past_s < PATIENCE_S):
                 raise
-            time.sleep(wait_s)
-    return action()
+            if past_s >= 60 * told:
+                told += 1
+                log.warning(
+                    "the mirror %s cannot be read yet (%s): it is tried again, for up to %s",
+                    mirror.url, in_words(error), format_duration(PATIENCE_S),
+                )  # fmt: skip
+            time.sleep(min(2 ** (tries - 1), 20))  # which a signal ends
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a store that fails so may answer later, without anybody's doing."""
+    error = _cause(error)
+    answer = _answer(error)
+    if answer:
+        return answer[0] == 429 or answer[0] >= 500
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return any(part in kind for part in _TROUBLES for kind in kinds)
+
+
+def _cause(error: Exception) -> Exception:
+    """What huggingface_hub wraps in a RuntimeError where a large file fails; others as they are."""
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    return error
+
+
+def _answer(error: Exception) -> tuple[int, str] | None:
+    """Status of a store's answer, and S3's code beside it; None if there was none."""
+    answer: Any = getattr(error, "response", None)
+    if isinstance(answer, dict):  # boto3's
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status, str(answer.get("Error", {}).get("Code", ""))
+    return (answer.status_code, "") if hasattr(answer, "status_code") else None  # the hub's
 
 
 def in_words(error: Exception) -> str:
     """What went wrong at a store; never its own text, in which a signed address may stand."""
     if isinstance(error, MirrorError):
         return str(error)
-    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
-        return in_words(error.__cause__)  # huggingface_hub's, of a large file
-    answer: Any = getattr(error, "response", None)
-    if isinstance(answer, dict):  # boto3's
-        code = str(answer.get("Error", {}).get("Code", ""))
-        status = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        words = [word for word in (status, code) if re.fullmatch(r"\w{1,40}", word)]
+    error = _cause(error)
+    answer = _answer(error)
+    if answer:
+        words = [word for word in map(str, answer) if re.fullmatch(r"\w{1,40}", word)]
         return f"it answers {' '.join(dict.fromkeys(words))}"
-    if hasattr(answer, "status_code"):  # huggingface_hub's
-        return f"it answers {answer.status_code}"
     kinds = [kind.__name__ for kind in type(error).__mro__]
     for part, words in _TROUBLES.items():
         if any(part in kind for kind in kinds):
@@ -713,11 +752,18 @@ def in_words(error: Exception) -> str:
     return kinds[0]
 
 
+# By parts of the names of errors; each may pass.
 _TROUBLES = {
     "NoCredentials": "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the "
     "instance a role",
     "Timeout": "it does not answer",
     "EndpointConnection": "it cannot be reached",
     "ConnectError": "it cannot be reached",
+    "LocalEntryNotFound": "it cannot be reached",
+    "CredentialRetrieval": "whoever has the credentials does not answer",
     "ConnectionClosed": "the connection broke off",
+    "NetworkError": "the connection broke off",
+    "RemoteProtocol": "the connection broke off",
+    "ResponseStreaming": "the connection broke off",
+    "IncompleteRead": "the connection broke off",
 }

@@ -796,6 +796,35 @@ def test_a_detached_command_goes_on_without_its_follower_and_is_not_started_twic
 # ------------------------------------------------------------------------------ what is public
 
 
+@pytest.mark.parametrize(
+    ("end", "restarts", "stops"),
+    [
+        ("exited/75", 0, False),  # interrupted, or the mirror does not answer
+        ("exited/75", 10, True),
+        ("killed/KILL", 9, False),
+        ("killed/KILL", 10, True),
+        ("/", 0, False),
+        *((f"exited/{code}", 0, True) for code in (0, 1, 2, 76, 77)),
+    ],
+)
+def test_a_machine_whose_training_will_not_go_on_is_stopped(
+    end: str, restarts: int, stops: bool, tmp_path: Path
+) -> None:
+    for name, text in (("systemctl", f'[ "$1" != show ] || echo {restarts}'), ("systemd-run", "")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$*" >> {tmp_path}/called\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    code, status = end.split("/")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        ["bash", "scripts/aws/instance/ended.sh"],
+        cwd=REPOSITORY,
+        env={"PATH": path, "EXIT_CODE": code, "EXIT_STATUS": status, "WHEN_DONE": "stop"},
+        check=True,
+    )
+    called = tmp_path / "called"
+    assert (called.exists() and "--on-active=10min" in called.read_text()) == stops
+
+
 def test_no_id_or_key_of_aws_is_in_the_repository() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True

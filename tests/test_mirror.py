@@ -181,6 +181,7 @@ def proxy(emulator: int) -> Iterator[Proxy]:
 def _environment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mirror, "PATIENCE_S", 2.0)
     caplog.set_level(logging.INFO, "resnet50")
 
 
@@ -683,7 +684,7 @@ def test_an_unreachable_mirror_stops_a_run_at_its_beginning_only(
     ) as error:
         mirror.start(bucket.url, folder)
     assert time.monotonic() - started < 8
-    assert error.value.exit_code == 2
+    assert error.value.exit_code == (2 if fault == 403 else 75)  # a mistake, or what may pass
     save(folder, 1)
     mirror.start(bucket.url, folder)
     assert said(caplog, f"cannot be read ({words}): training goes on") == 1
@@ -702,8 +703,44 @@ def test_places_that_are_not_there_are_no_empty_mirrors(
             mirror.start(url, folder)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    with pytest.raises(UserError, match="no credentials: set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(UserError, match="no credentials: set AWS_ACCESS_KEY_ID") as error:
         mirror.start(bucket.url, folder)
+    assert error.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [(503, "it answers 503 Error"), ("no credentials", "no credentials: ")]
+)
+def test_at_a_start_what_passes_by_itself_is_waited_for(
+    fault: object,
+    words: str,
+    folder: Path,
+    bucket: Bucket,
+    proxy: Proxy,
+    tmp_path: Path,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, newest = mirrored(bucket, folder)
+    monkeypatch.setattr(mirror, "PATIENCE_S", 60.0)
+    file = tmp_path / "credentials"
+    if fault == "no credentials":
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+    else:
+        proxy.fault = fault
+
+    def pass_by() -> None:
+        proxy.fault = None
+        file.write_text(f"[default]\naws_access_key_id=AKIA\naws_secret_access_key={SECRET}\n")
+
+    timer = threading.Timer(5, pass_by)  # later than the three tries of what does not pass
+    timer.start()
+    mirror.start(bucket.url, folder)
+    timer.join()
+    assert newest.exists()
+    assert said(caplog, f"cannot be read yet ({words}") == 1
 
 
 @pytest.mark.parametrize(
@@ -926,10 +963,10 @@ def test_a_run_goes_on_from_its_mirror_on_an_empty_machine(
     revived.close()
 
 
-# The trainer, whose last copies are given up sooner.
+# The trainer, which gives a mirror up sooner.
 IMPATIENT = """if True:
     import mirror, trainer, utils
-    mirror.FINISHED_S = 2.0
+    mirror.FINISHED_S = mirror.PATIENCE_S = 2.0
     utils.run_stage(trainer.main)
 """
 
@@ -964,11 +1001,34 @@ def test_a_finished_run_says_by_its_exit_code_that_its_mirror_is_not_complete(
 def test_nothing_is_begun_anew_while_the_mirror_cannot_be_read(
     settings: dict[str, object], bucket: Bucket, proxy: Proxy
 ) -> None:
+    options = as_options({**settings, "mirror": bucket.url})
+
+    def ends_with(code: int, why: str) -> None:
+        done = quick_start.run(
+            [sys.executable, "-c", IMPATIENT, *options],
+            cwd=REPOSITORY,
+            env={**COMMAND_ENVIRONMENT, **os.environ},
+            timeout=120,
+        )
+        assert done.returncode == code
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: the mirror {bucket.url} cannot be read ({why})")
+        assert not Path(str(settings["runs_folder"])).exists()
+
+    proxy.fault = 403
+    ends_with(2, "it answers 403 AccessDenied")
     proxy.close()
-    done = run_stage_command(
-        "trainer.py", *as_options({**settings, "mirror": bucket.url}), env=dict(os.environ)
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: the mirror {bucket.url} cannot be read (it cannot be reached)")
-    assert not Path(str(settings["runs_folder"])).exists()
+    ends_with(75, "it cannot be reached")
+
+
+def test_a_start_that_waits_for_its_mirror_ends_at_a_signal(
+    settings: dict[str, object], bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    proxy.fault = 503
+    output = tmp_path / "output"
+    process = start_trainer({**settings, "mirror": bucket.url}, output)
+    wait_for(lambda: len(output.read_text().split("cannot be read yet")) == 2 or process.poll())
+    time.sleep(4)  # in the third or fourth pause
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 75
+    assert output.read_text().endswith("error: interrupted\n")

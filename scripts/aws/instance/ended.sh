@@ -3,10 +3,12 @@
 # systemd tells how it ended; see resnet50-trainer.service for what is started again.
 set -euo pipefail
 case ${EXIT_CODE:-}/${EXIT_STATUS:-} in
-exited/75) exit 0 ;; # interrupted with everything saved
-exited/*) ;;         # finished, failed, or out of budget; 77: /mnt/runs keeps what was not copied
-*)                   # killed, or stopped before it began: what is killed at every start would pay for ever
-    if [ "$(systemctl show --property NRestarts --value resnet50-trainer)" -lt 10 ]; then exit 0; fi
-    ;;
+exited/75) again=yes ;; # interrupted with everything saved; or its mirror does not answer
+exited/*) again=no ;;   # finished, failed, or out of budget; 77: /mnt/runs keeps what was not copied
+*) again=yes ;;         # killed, or stopped before it began
 esac
+# What ends so at every start would pay for ever.
+if [ $again = yes ]; then
+    if [ "$(systemctl show --property NRestarts --value resnet50-trainer)" -lt 10 ]; then exit 0; fi
+fi
 if [ "$WHEN_DONE" = stop ]; then bash scripts/aws/instance/poweroff.sh 10min; fi

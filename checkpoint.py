@@ -67,7 +67,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     write_atomically(path, content)
     # What seems newer is damaged, or it would have been loaded.
-    found = _generations(folder)
+    found = generations(folder)
     kept = found[found.index(path) :][:GENERATIONS_KEPT]
     leftovers = folder.glob(".epochs-*.tmp")  # of a process killed while saving, or damaged
     for other in (*set(found) - set(kept), *leftovers):
@@ -84,7 +84,7 @@ def load_latest(folder: Path, tidy: bool = True) -> dict[str, Any] | None:
     Damaged ones are renamed, unless `tidy` is false. Raises UserError if all are damaged.
     """
     damaged = []
-    for path in _generations(folder):
+    for path in generations(folder):
         try:
             state = _load(path)
         except (PermissionError, MemoryError):  # nothing is damaged
@@ -121,7 +121,7 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _generations(folder: Path) -> list[Path]:
+def generations(folder: Path) -> list[Path]:
     """Checkpoints of a folder, the newest first; raises OSError if it cannot be read."""
 
     # Where a disk fails, glob finds nothing without a word, and the run would begin anew.
@@ -239,7 +239,7 @@ def check_newest(folder: Path, state: dict[str, Any] | None) -> None:
     Going on would undo its work.
     """
     standing = (-1, -1) if state is None else (len(state["history"]), state["step"])
-    if any(_age(path) > standing for path in _generations(folder)):
+    if any(_age(path) > standing for path in generations(folder)):
         raise UserError(
             f"another process has just saved to {folder}: give the same command again, to go on "
             "from there; where machines have folders of their own, beside a mirror, move this away"

@@ -92,8 +92,17 @@ class _FolderStore:
 
     def sizes(self) -> dict[str, int]:
         next(self.root.iterdir(), None)  # a disk that is not mounted is no empty mirror
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
+        there = {}
+        for folder, _, names in os.walk(self.folder, onerror=self._raise):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                    there[path.relative_to(self.folder).as_posix()] = path.stat().st_size
+        return there
+
+    def _raise(self, error: OSError) -> None:
+        """What cannot be listed is not empty; but the folder may not be there yet."""
+        if not isinstance(error, FileNotFoundError) or error.filename != str(self.folder):
+            raise error
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -668,13 +677,17 @@ def _checkpoints(there: Iterable[str]) -> list[str]:
 
 
 def _newest_whole(folder: Path) -> tuple[str, bytes] | None:
-    """Name and content of a run's newest checkpoint that is whole."""
-    paths = (folder / "checkpoints").glob("epochs-*.pt")
-    for name in newest_first(path.name for path in paths if checkpoint.parse_name(path.name)):
-        with contextlib.suppress(FileNotFoundError):  # a newer one was saved, and this one removed
+    """Name and content of a run's newest checkpoint that is whole; raises OSError like a list."""
+    paths = checkpoint.generations(folder / "checkpoints")
+    for name in newest_first(path.name for path in paths):
+        try:
             content = (folder / "checkpoints" / name).read_bytes()
-            if is_whole(name, content):
-                return name, content
+        except PermissionError:
+            raise
+        except OSError:  # a newer one was saved, and this one removed; or the disk fails here
+            continue
+        if is_whole(name, content):
+            return name, content
     return None
 
 

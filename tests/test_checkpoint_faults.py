@@ -119,7 +119,7 @@ def new_folder(folder: Path) -> Path:
 
 def whole_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder; every one must be whole."""
-    return [checkpoint._load(path)["step"] for path in checkpoint._generations(folder)]
+    return [checkpoint._load(path)["step"] for path in checkpoint.generations(folder)]
 
 
 def position(calls: list[tuple[str, str]], name: str, *parts: str) -> list[int]:

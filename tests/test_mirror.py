@@ -5,6 +5,7 @@ The emulator is moto's server; what goes wrong on the way to it, a small proxy d
 
 import base64
 import contextlib
+import errno
 import hashlib
 import http.client
 import http.server
@@ -638,6 +639,62 @@ def test_the_only_good_copy_of_a_checkpoint_is_kept(folder: Path, tmp_path: Path
     later.write_bytes(b"damaged on this disk")
     assert copies.finish(10)
     assert place.files()[f"checkpoints/{later.name}"] == good
+
+
+@pytest.mark.parametrize("where", ["run", "run/checkpoints"])
+def test_a_folder_that_cannot_be_listed_is_no_empty_mirror(
+    where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Disk(tmp_path / "disk")
+    mirrored(place, folder)
+    closed, list_it = place.root / where, os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return list_it(path)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"cannot be read \(Permission denied\)") as error,
+    ):
+        patch.setattr(os, "scandir", scandir)
+        mirror.start(place.url, folder)
+    assert error.value.exit_code == 2
+
+
+def test_checkpoints_here_that_cannot_be_listed_are_not_fetched_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(folder, 5)
+
+    def closed(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        for name in ("scandir", "listdir"):  # glob uses the one, iterdir the other
+            patch.setattr(os, name, closed)
+        mirror.start(f"file://{tmp_path}/disk", folder)
+
+
+def test_a_checkpoint_here_that_the_disk_cannot_read_is_fetched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Disk(tmp_path / "disk")
+    copies = mirror.start(place.url, folder)
+    older, newest = save(folder, 5), save(folder, 9)
+    assert copies.finish(10)
+    there, read = newest.stat().st_ino, Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == newest.name and path.stat().st_ino == there:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert mirror._newest_whole(folder)[0] == older.name
+    mirror.start(place.url, folder)
+    assert checkpoint.load_latest(folder / "checkpoints")["step"] == 9
 
 
 def test_what_a_killed_process_left_there_is_removed(folder: Path, tmp_path: Path) -> None:

@@ -814,6 +814,34 @@ def test_what_is_no_address_is_refused_at_once_and_not_repeated(url: str, folder
     assert SECRET not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error_class"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", "ValueError"),
+        ("AWS_ENDPOINT_URL", f"http//user:{SECRET}@host", "ValueError"),
+        ("AWS_PROFILE", "nope", "ProfileNotFound"),
+        ("AWS_CONFIG_FILE", "broken", "ConfigParseError"),
+    ],
+)
+def test_what_boto3_cannot_use_is_a_mistake_of_one_line(
+    name: str,
+    value: str,
+    error_class: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if value == "broken":
+        value = str(tmp_path / "config")
+        Path(value).write_text("[default\n")
+    monkeypatch.setenv(name, value)
+    save(folder, 1)  # whether there is something here or not
+    with pytest.raises(UserError, match=rf"\({error_class}\): correct AWS_ENDPOINT_URL") as error:
+        mirror.start("s3://bucket/runs", folder)
+    assert error.value.exit_code == 2
+    assert SECRET not in str(error.value)
+
+
 def test_addresses_name_their_stores(tmp_path: Path) -> None:
     store = mirror.open_store("s3://bucket", "run")
     assert (store.bucket, store.folder) == ("bucket", "run")

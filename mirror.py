@@ -21,6 +21,7 @@ import email.utils
 import hashlib
 import io
 import itertools
+import json
 import os
 import re
 import secrets
@@ -37,9 +38,12 @@ import sessions
 from utils import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
+    RESULT_SETTINGS,
     UserError,
+    changed_settings,
     format_duration,
     log,
+    read_run,
     write_atomically,
 )
 
@@ -312,7 +316,7 @@ def start(url: str, folder: Path) -> "Mirror":
     If the folder has no checkpoint that is whole, the newest one of the mirror is fetched, with
     what goes with it. Raises UserError for a wrong address; if the folder has none and the mirror
     cannot be read, with EXIT_INTERRUPTED where that may pass by itself; and if the mirror's run is
-    further on than the folder's.
+    another than the folder's, or further on.
     """
     if not url:
         return Mirror(url, folder, None)
@@ -374,6 +378,7 @@ class Access:
     left_behind: str = ""  # name of a file that could not be removed
     clock_ahead_s: float | None = None  # of this machine's clock, by that of an S3 store
     sessions: bytes = b""  # the run's, as they are there
+    other_settings: list[str] = dataclasses.field(default_factory=list)  # see Mirror
 
 
 def try_access(url: str, folder: Path) -> Access:
@@ -386,7 +391,7 @@ def try_access(url: str, folder: Path) -> Access:
     name = f"preflight-{secrets.token_hex(8)}"
     refused: dict[str, str] = {}
     there: dict[str, int] = {}
-    written, paid = False, b""
+    written, paid, different = False, b"", []
     is_new = isinstance(store, _FolderStore) and not store.folder.exists()
     try:
         there = store.sizes()
@@ -406,11 +411,11 @@ def try_access(url: str, folder: Path) -> Access:
                 if action == "write":
                     break
             written = written or action == "write"
-        if sessions.FILE in there:
-            try:
-                paid = store.read(sessions.FILE)
-            except Exception as error:
-                refused["read"] = in_words(error)
+        try:
+            paid = store.read(sessions.FILE) if sessions.FILE in there else b""
+            different = Mirror(url, folder, store).other_settings(there)
+        except Exception as error:
+            refused["read"] = in_words(error)
         if is_new:
             with contextlib.suppress(OSError):
                 store.folder.rmdir()
@@ -421,6 +426,7 @@ def try_access(url: str, folder: Path) -> Access:
         name if written and "remove" in refused else "",
         getattr(store, "clock_ahead_s", None),
         paid,
+        different,
     )
 
 
@@ -467,6 +473,7 @@ class Mirror:
         self.url, self.folder, self.store = url, folder, store
         self.ours: set[str] = set()  # checkpoints there that are of this run, as far as is known
         self.copied: dict[str, tuple[int, ...]] = {}  # what the thread has verified; see _version
+        self._is_ours = False  # whether the run there is known to be this one
         self._changed = threading.Condition()
         self._asked = self._answered = 0  # how often copies were asked for, and up to which one
         self._finishing = False
@@ -547,7 +554,7 @@ class Mirror:
         there = self.store.sizes()
         newest = _newest_whole(self.folder)
         if newest:
-            self._refuse_further_on(newest[0], there)
+            self._refuse_another(newest[0], there)
         self._copy_files(there)
         if newest is None:
             return
@@ -612,8 +619,28 @@ class Mirror:
         text = "".join(f"{digest}  {name}\n" for digest, name in ordered)
         self._put(SUMS, text.encode(), {})
 
-    def _refuse_further_on(self, here: str, there: dict[str, int]) -> None:
-        """Raise MirrorError if the mirror has a later checkpoint that is not known to be ours."""
+    def other_settings(self, there: dict[str, int]) -> list[str]:
+        """In words, settings for which the run there cannot be the folder's; none if it may be.
+
+        Nothing is known where one of them has no config.json. Epochs may be added to a run, once.
+        """
+        if not _checkpoints(there):
+            return []
+        content = self._whole_files(there, ("config.json",)).get("config.json", b"{}")
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+            config, *_ = read_run(self.folder)
+            before = json.loads(content)["config"]
+            added = config.extra_epochs, before.get("extra_epochs", 0)
+            may_differ = {"extra_epochs"} if 0 in added else set()
+            return changed_settings(before, config, RESULT_SETTINGS - may_differ)
+        return []
+
+    def _refuse_another(self, here: str, there: dict[str, int]) -> None:
+        """Raise MirrorError if the mirror has another run, or later checkpoints than ours."""
+        different = [] if self._is_ours else self.other_settings(there)
+        if different:
+            raise MirrorError("it holds another run of that name")
+        self._is_ours = True
         others = [name for name in _checkpoints(there) if name not in self.ours]
         later = [name for name in others if age(name) > age(here)]
         if later:
@@ -629,6 +656,8 @@ class Mirror:
         there = self.store.sizes()
         found = newest_first(_checkpoints(there))
         later = [name for name in found if here is None or age(name) > age(here)]
+        if here:
+            refuse_other(self.url, self.folder.name, self.other_settings(there))
         # One that is here too, damaged, is this run's; another one may be of anybody.
         if here and later and not (self.folder / "checkpoints" / later[0]).exists():
             raise UserError(
@@ -637,6 +666,7 @@ class Mirror:
                 "to keep this one, take another --mirror"
             )
         self.ours.update(found)
+        self._is_ours = True
         for name in later:
             log.info("reading %s from %s", name, self.url)
             content = self.store.read(f"checkpoints/{name}")
@@ -665,6 +695,16 @@ class Mirror:
 
 
 # ------------------------------------------------------------------------------ small helpers
+
+
+def refuse_other(url: str, name: str, other_settings: list[str]) -> None:
+    """Raise UserError where a mirror's run has other settings than the folder's."""
+    if other_settings:
+        raise UserError(
+            f"the mirror {url} holds another run named {name}, which this one would replace (there "
+            f"and here: {'; '.join(other_settings)}): take another --name or --mirror, or remove "
+            "it there"
+        )
 
 
 def age(name: str) -> tuple[int, int]:

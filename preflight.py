@@ -295,6 +295,8 @@ def check_run(
             return Finding(OK, f"no checkpoint in {folder} yet: the run begins")
         checkpoint.check_settings(state, config)
         checkpoint.check_images(state, images)
+        if access:
+            mirror.refuse_other(config.mirror, config.name, access.other_settings)
     except UserError as error:
         return Finding(PROBLEM, str(error))
     standing = (len(state["history"]), state["step"])

@@ -5,6 +5,7 @@ The emulator is moto's server; what goes wrong on the way to it, a small proxy d
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import http.client
@@ -35,7 +36,7 @@ from test_trainer import as_options, outcome, undisturbed  # noqa: F401 (a fixtu
 
 import checkpoint
 import mirror
-from utils import UserError, write_atomically
+from utils import Config, UserError, write_atomically, write_json
 
 SECRET = "wJalrXUtnFEMIsecret"
 CREDENTIALS = {
@@ -612,6 +613,57 @@ def test_a_mirror_that_is_further_on_is_neither_followed_nor_replaced(
     save(folder, 10, epochs=1)
     assert copies.finish(10)
     assert_complete(bucket, folder)
+
+
+def write_config(folder: Path, without: str = "", **settings: Any) -> None:
+    config = {**dataclasses.asdict(Config()), **settings}
+    config.pop(without, None)
+    write_json(folder / "config.json", {"config": config, "classes": ["a", "b"]})
+
+
+def test_another_run_of_the_same_name_is_not_replaced(
+    folder: Path, bucket: Bucket, proxy: Proxy, caplog: Any
+) -> None:
+    write_config(folder, max_lr=0.1)
+    mirrored(bucket, folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    write_config(folder, max_lr=0.2, workers=3)
+    save(folder, 11, epochs=1)
+    before = bucket.files()
+    told = r"holds another run named run, .* max_lr was 0.1, is 0.2\): take another --name or"
+    with pytest.raises(UserError, match=told) as error:
+        mirror.start(bucket.url, folder)
+    assert error.value.exit_code == 2
+    assert mirror.try_access(bucket.url, folder).other_settings == ["max_lr was 0.1, is 0.2"]
+    # Nor if it could not be read at the start.
+    proxy.fault = 500
+    copies = mirror.start(bucket.url, folder)
+    proxy.fault = None
+    assert not copies.finish(1)
+    assert said(caplog, "it holds another run of that name") == 2
+    assert bucket.files() == before
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({"epochs": 5}, {"epochs": 5, "workers": 3, "extra_epochs": 2}),
+        ({"extra_epochs": 2}, {}),
+        ({"without": "blurpool"}, {}),  # of an older version
+        ({"without": "extra_epochs"}, {"extra_epochs": 2}),
+    ],
+)
+def test_the_same_run_goes_on_in_its_mirror(
+    there: dict[str, Any], here: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    place = Disk(tmp_path / "disk")
+    write_config(folder, **there)
+    save(folder, 5)
+    assert mirror.start(place.url, folder).finish(10)
+    write_config(folder, **here)
+    save(folder, 9)
+    assert mirror.start(place.url, folder).finish(10)
+    assert_complete(place, folder)
 
 
 def test_a_run_that_fell_back_replaces_what_it_copied_itself(folder: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     if shutil.disk_usage(folder).free < len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     write_atomically(path, content)
-    # What seems newer is damaged, or it would have been loaded.
+    # What seems newer is damaged or could not be read, or it would have been loaded.
     found = generations(folder)
     kept = found[found.index(path) :][:GENERATIONS_KEPT]
     leftovers = folder.glob(".epochs-*.tmp")  # of a process killed while saving, or damaged
@@ -81,39 +81,58 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
 def load_latest(folder: Path, tidy: bool = True) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, on the CPU; None if the folder holds none at all.
 
-    Damaged ones are renamed, unless `tidy` is false. Raises UserError if all are damaged.
+    Damaged ones are renamed, unless `tidy` is false; what the disk does not read now, it may read
+    later. Raises UserError if there are some, and none can be loaded.
     """
-    damaged = []
+    damaged, unread = [], []
     for path in generations(folder):
         try:
             state = _load(path)
         except (PermissionError, MemoryError):  # nothing is damaged
             raise
-        # Beside those of a disk, torch.load has many errors for what another program wrote.
+        # torch.load has many errors for what another program wrote.
         except Exception as error:
+            if "DefaultCPUAllocator" in str(error):  # PyTorch's MemoryError
+                raise
             reason = (str(error) or repr(error)).partition("\n")[0]
-            log.warning("%s is damaged (%s): left aside", path, reason)
-            damaged.append(path)
+            is_lasting = isinstance(error, FileNotFoundError | IsADirectoryError)
+            if isinstance(error, OSError) and not is_lasting:
+                log.warning("%s cannot be read (%s): passed over", path, reason)
+                unread.append(path)
+            else:
+                log.warning("%s is damaged (%s): left aside", path, reason)
+                damaged.append(path)
             continue
         # Lest the next save keeps one of them as its second generation.
         for other in damaged if tidy else ():
             with contextlib.suppress(OSError):
                 other.rename(other.with_name(f".{other.name}.tmp"))
         return state
-    if damaged:
+    if damaged or unread:
         raise UserError(
-            f"every checkpoint in {folder} is damaged: put a copy there, or begin again with "
-            "another --name"
+            f"every checkpoint in {folder} is damaged{' or cannot be read' * bool(unread)}: put a "
+            "copy there, or begin again with another --name"
         )
     return None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU; raises ValueError, among others, if it is not what was saved."""
+def _read(path: Path) -> bytes:
+    """A checkpoint's content; raises OSError, and ValueError if it is not what was saved."""
     content = path.read_bytes()
     if not hashlib.sha256(content).hexdigest().startswith(parse_name(path.name)[2]):
         raise ValueError("its content is not what was saved")
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return content
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return bool(_read(path))
+    return False
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A checkpoint on the CPU; raises ValueError, among others, if it is not what was saved."""
+    state = torch.load(io.BytesIO(_read(path)), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
         raise ValueError("it holds something else than a run")
     if (len(state["history"]), state["step"]) != _age(path):
@@ -236,10 +255,10 @@ def check_newest(folder: Path, state: dict[str, Any] | None) -> None:
     """Refuse to go on from a state that is no longer the newest one; raises UserError.
 
     Another process may have saved between loading and locking, one that a signal has just ended.
-    Going on would undo its work.
+    Going on would undo its work. A newer one that cannot be read is no reason to stand still.
     """
     standing = (-1, -1) if state is None else (len(state["history"]), state["step"])
-    if any(_age(path) > standing for path in generations(folder)):
+    if any(_age(path) > standing and _is_whole(path) for path in generations(folder)):
         raise UserError(
             f"another process has just saved to {folder}: give the same command again, to go on "
             "from there; where machines have folders of their own, beside a mirror, move this away"

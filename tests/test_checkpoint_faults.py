@@ -364,6 +364,53 @@ def test_whatever_stands_in_a_checkpoints_place_is_left_aside_and_training_goes_
         assert same(checkpoint.load_latest(tmp_path), again)
 
 
+def test_a_checkpoint_that_the_disk_does_not_read_for_a_while_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, make_state(1))
+    newest = checkpoint.save(tmp_path, make_state(2))
+    read, unreadable = Path.read_bytes, {newest}
+
+    def read_bytes(path: Path) -> bytes:
+        if path in unreadable:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    older = checkpoint.load_latest(tmp_path)
+    assert same(older, make_state(1))
+    assert f"{newest} cannot be read" in caplog.text and "damaged" not in caplog.text
+    checkpoint.check_newest(tmp_path, older)  # for good, perhaps: the run goes on
+    unreadable.clear()
+    with pytest.raises(UserError, match="give the same command again"):
+        checkpoint.check_newest(tmp_path, older)
+    assert same(checkpoint.load_latest(tmp_path), make_state(2))
+
+    unreadable.update(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged or cannot be read"):
+        checkpoint.load_latest(tmp_path)
+    unreadable.remove(newest)
+    for step in (3, 4):
+        checkpoint.save(tmp_path, make_state(step))
+    assert whole_steps(tmp_path) == [4, 3]
+
+
+def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, make_state(1))
+    newest = checkpoint.save(tmp_path, make_state(2))
+
+    def load(*_: object, **__: object) -> None:  # in the words of PyTorch 2, under a limit
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 120000000 bytes. Error code 12 (Cannot allocate memory)"
+        )
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        checkpoint.load_latest(tmp_path)
+    assert newest.exists() and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_where_all_are_damaged_the_run_does_not_begin_anew(tmp_path: Path, damage: str) -> None:
     checkpoint.save(tmp_path, make_state(1)).write_bytes(b"damaged")

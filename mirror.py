@@ -159,7 +159,7 @@ class _S3Store:
         return client
 
     @contextlib.contextmanager
-    def _asked(self) -> Iterator[Any]:
+    def _connected(self) -> Iterator[Any]:
         """The client. After a failure it is made anew, in a session of its own.
 
         For a client keeps what it found when it was made: no credentials, or those of a file that
@@ -179,7 +179,7 @@ class _S3Store:
             self.clock_ahead_s = time.time() - there
 
     def sizes(self) -> dict[str, int]:
-        with self._asked() as client:
+        with self._connected() as client:
             pages = client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=f"{self.folder}/"
             )
@@ -187,12 +187,12 @@ class _S3Store:
         return {file["Key"].removeprefix(f"{self.folder}/"): file["Size"] for file in files}
 
     def read(self, name: str) -> bytes:
-        with self._asked() as client:
+        with self._connected() as client:
             return client.get_object(**self._named(name))["Body"].read()
 
     def write(self, name: str, content: bytes) -> None:
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        with self._asked() as client:
+        with self._connected() as client:
             client.put_object(
                 **self._named(name),
                 Body=io.BytesIO(content),  # sent block by block, each with the whole timeout
@@ -201,7 +201,7 @@ class _S3Store:
             )
 
     def holds(self, name: str, content: bytes) -> bool:
-        with self._asked() as client:
+        with self._connected() as client:
             head = client.head_object(**self._named(name), ChecksumMode="ENABLED")
         if head["ContentLength"] != len(content):
             return False
@@ -210,7 +210,7 @@ class _S3Store:
         return base64.b64decode(head["ChecksumSHA256"]) == hashlib.sha256(content).digest()
 
     def remove(self, name: str) -> None:
-        with self._asked() as client:
+        with self._connected() as client:
             client.delete_object(**self._named(name))
 
     def _named(self, name: str) -> dict[str, str]:
@@ -225,7 +225,7 @@ class _HuggingFaceStore:
 
     def __init__(self, repo_type: str, repo_id: str, folder: str) -> None:
         self.hub = quiet_hub()
-        # Nor here: six tries of a file that hangs would be silent for minutes.
+        # Without retries of its own here too: six tries of one that hangs take minutes, silently.
         self.hub.utils.http_backoff.__kwdefaults__["max_retries"] = 0
         self.api = self.hub.HfApi()
         self.repo, self.folder = {"repo_type": repo_type, "repo_id": repo_id}, folder
@@ -624,7 +624,7 @@ class Mirror:
 
         Nothing is known where one of them has no config.json. Epochs may be added to a run, once.
         """
-        if not _checkpoints(there):
+        if not _checkpoints(there) or "config.json" not in there:
             return []
         content = self._whole_files(there, ("config.json",)).get("config.json", b"{}")
         with contextlib.suppress(UserError, ValueError, KeyError, TypeError):

@@ -3,13 +3,18 @@
 python3 model.py        prints the layer table at 3x224x224: 174 rows, 25,557,032 parameters
 """
 
+import hashlib
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torchsummary
 import tyro
+
+# Of the names of ImageNet-1k's 1,000 folders, sorted, a line feed between them.
+IMAGENET_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
 
 class ResNet50Wrapper(torch.nn.Module):
@@ -91,11 +96,16 @@ def human_names(classes: tuple[str, ...]) -> list[str]:
     """Names that a person reads: ImageNet's for its folders, else the folders' own."""
     import torchvision  # late, as above
 
-    imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    if len(classes) == len(imagenet) and all(is_wordnet_id(name) for name in classes):
-        return list(imagenet)  # both are sorted by WordNet id
+    if is_imagenet_1k(classes):
+        return list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
     return [imagenette[name][0] if name in imagenette else name for name in classes]
+
+
+def is_imagenet_1k(classes: Sequence[str]) -> bool:
+    """Whether these are ImageNet-1k's folders; other parts of ImageNet-21k have names like them."""
+    names = "\n".join(classes).encode(errors="replace")
+    return hashlib.sha256(names).hexdigest() == IMAGENET_SHA256
 
 
 def is_wordnet_id(name: str) -> bool:

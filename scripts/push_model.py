@@ -40,7 +40,7 @@ import pushing
 
 import sessions
 from generate_trace_model import measured_accuracy
-from model import human_names, is_wordnet_id, load_weights
+from model import human_names, is_imagenet_1k, is_wordnet_id, load_weights
 from plot_metrics import draw, read_curves
 from utils import (
     MEAN,
@@ -152,11 +152,11 @@ def timm_config(config: Config, classes: list[str]) -> dict[str, Any]:
 
 def data_name(config: Config, classes: list[str], row: dict[str, Any]) -> str:
     """What the pictures are, as far as their classes and their number tell."""
-    labels = human_names(tuple(classes))
-    if len(classes) == 1000 and labels != classes:
+    if is_imagenet_1k(classes):
         whole = (row["train_images"], row["val_images"]) == IMAGENET_IMAGES
         return "ImageNet-1k" if whole else "a part of ImageNet-1k"
-    if all(map(is_wordnet_id, classes)) and labels != classes:
+    labels = human_names(tuple(classes))
+    if all(label != name for label, name in zip(labels, classes, strict=True)):
         return "Imagenette"
     if config.train_folder_name == RECIPES["quickstart"].config.train_folder_name:
         return "scikit-learn's handwritten digits"

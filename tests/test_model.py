@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import run_stage_command
@@ -122,9 +123,12 @@ def test_weights_of_a_network_that_blurs_come_back_as_one(tmp_path: Path) -> Non
 
 
 def test_labels_are_english_for_imagenets_folders() -> None:
-    wnids = tuple(f"n{number:08d}" for number in range(1000))
+    wnids = tuple(timm.data.ImageNetInfo().label_names())
+    assert (len(wnids), wnids[0], wnids[999]) == (1000, "n01440764", "n15075141")
     labels = human_names(wnids)
     assert (labels[0], labels[999]) == ("tench", "toilet tissue")
+    for others in ((*wnids[:999], "n15075142"), tuple(f"n{90_000_000 + k}" for k in range(1000))):
+        assert human_names(others)[999] == others[999]
     imagenette = ("n01440764", "n02102040", "n03888257")
     assert human_names(imagenette) == [
         "tench",

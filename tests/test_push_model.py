@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
 from hub import Hub
@@ -382,12 +383,15 @@ def test_timm_resizes_to_what_validation_does() -> None:
 
 
 def test_the_card_names_only_what_it_knows(run: Path) -> None:
-    wnids = [f"n{number:08d}" for number in range(1000)]
+    wnids = timm.data.ImageNetInfo().label_names()
     whole = {"train_images": 1_281_167, "val_images": 50_000}
     assert push_model.data_name(Config(), wnids, whole) == "ImageNet-1k"
     part = {**whole, "train_images": 100_000}
     assert push_model.data_name(Config(), wnids, part) == "a part of ImageNet-1k"
     assert push_model.data_name(Config(), ["a", "b"], whole) == "a data set of its own"
+    others = [f"n{90_000_000 + number}" for number in range(1000)]
+    for names in (others, wnids[:1] + others[1:]):  # of Imagenette's classes, ImageNet-21k has ten
+        assert push_model.data_name(Config(), names, whole) == "a data set of its own"
     digits = utils.RECIPES["quickstart"].config
     assert "digits" in push_model.data_name(digits, list("0123456789"), part)
     record = json.loads((run / "config.json").read_text())

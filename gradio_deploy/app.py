@@ -283,7 +283,12 @@ def make_page(
         ]
         if explained:
             answer.select(
-                explain, picture, [took, heat], preprocess=False, api_visibility="private"
+                explain,
+                picture,
+                [took, heat],
+                preprocess=False,
+                concurrency_id=ask["concurrency_id"],
+                api_visibility="private",
             )
 
         endings = Image.registered_extensions()
@@ -292,7 +297,8 @@ def make_page(
         if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in formats]:
             with below:
                 examples = gr.Examples(shown, inputs=picture, cache_examples=False)
-            examples.load_input_event.then(classify, **ask, api_visibility="private")
+            clicked = examples.load_input_event
+            asked.append(clicked.then(classify, **ask, api_visibility="private"))
 
         # No answer may stay beside a picture that it does not belong to.
         blank = {"fn": lambda: (None, None, "", None), "outputs": [picture, answer, took, heat]}

@@ -478,6 +478,22 @@ def test_a_request_that_is_no_upload_is_short(app: App) -> None:
     assert send(app, call, body) >= 400  # not announced
 
 
+def test_one_picture_is_read_at_a_time_and_no_refused_one_keeps_an_answer(
+    module: ModuleType, deployment: Path
+) -> None:
+    page = module.make_page(*module.classifier.load_export(deployment), deployment)
+    asking = {
+        number: fn for number, fn in page.fns.items() if fn.name.startswith(("classify", "explain"))
+    }
+    assert sorted(fn.name for fn in asking.values()) == [
+        *("classify", "classify", "classify_if_any", "explain")
+    ]
+    assert {fn.concurrency_id for fn in asking.values()} == {"model"}
+    blanked = {fn.trigger_after for fn in page.fns.values() if fn.trigger_only_on_failure}
+    answering = {number for number, fn in asking.items() if fn.name != "explain"}
+    assert blanked == answering
+
+
 def test_nobody_is_told_how_often_it_was_asked(app: App) -> None:
     running = stress_app.App(urlsplit(app.url).port, app.pid)
     for path in ("/monitoring", "/monitoring/summary"):

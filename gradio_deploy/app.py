@@ -4,15 +4,19 @@ Command: `python3 app.py`, from any folder. It stands alone: beside it lie class
 `generate_trace_model.py` writes there, `model.onnx`, `model.json` (labels, sizes, mean, standard
 deviation, measured accuracy) and `examples/` (pictures, optional). It writes nothing there. Its
 address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT. MODEL_CARD_URL and CODE_URL
-are what the page links to, MODEL_JSON_SHA256 pins the export; each may be left out.
+are what the page links to, MODEL_JSON_SHA256 pins the export; each may be left out. Uploads lie in
+GRADIO_TEMP_DIR, or in a temporary folder, in which all files are deleted after an hour.
 
 A file that is missing or does not belong to the others ends it with one line on stderr and exit
 code 2.
 """
 
+import contextlib
 import os
 import re
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +41,7 @@ MAX_REQUEST_BYTES = 1_000_000  # of what is no upload: a question names a file, 
 MAX_WAITING = 32  # people in the queue; the next one is told that it is full
 MAX_SESSIONS = 1000  # visitors whose page Gradio remembers
 KEEP_FILES_S = 3600  # how long uploads and heat maps stay on the disk
+SWEEP_S = 180  # how often it is looked for older ones
 
 SHOWN_PX = 640  # longer side of the picture under the heat map
 # Dark to bright, so that it can be read without telling colours apart (after matplotlib's inferno).
@@ -145,6 +150,31 @@ def take_uploads_only(picture: gr.Image) -> None:
     picture.async_move_resource_to_block_cache = move_upload
 
 
+def delete_old_files(folder: Path, kept: list[str], age_s: float) -> None:
+    """Delete what has lain in the folder for so many seconds and is not kept.
+
+    Gradio's own deleting (`delete_cache`) ends for good where a file comes while it goes through
+    their names, and does not know of uploads that were broken off.
+    """
+    for name in kept:
+        with contextlib.suppress(OSError):
+            os.utime(name)  # it is new again, also to another app that shares the folder
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_ctime > age_s:
+                    path.unlink()
+
+
+def keep_deleting_old_files(page: gr.Blocks) -> None:
+    """Never returns. The copies of the examples stay, which Gradio made as it built the page."""
+    while True:
+        kept = [name for block in page.blocks.values() for name in block.keep_in_cache]
+        delete_old_files(Path(gr.utils.get_upload_folder()), kept, KEEP_FILES_S)
+        time.sleep(SWEEP_S)
+
+
 class BoundedRequests:
     """ASGI middleware that refuses a request whose body is too large, announced or not."""
 
@@ -239,7 +269,7 @@ def make_page(
     with gr.Blocks(
         title=f"{export['name']} · image classifier",
         analytics_enabled=False,
-        delete_cache=(KEEP_FILES_S, KEEP_FILES_S),
+        delete_cache=(10**9, 10**9),  # in seconds: at the app's end only, then whatever is left
     ) as page:
         gr.Markdown(
             f"# {export['name']}\nSays which of {len(names):,} classes a picture shows. "
@@ -315,7 +345,11 @@ def main() -> None:
     except classifier.ExportError as error:
         print(f"error: {error}: run `python3 generate_trace_model.py` first", file=sys.stderr)
         raise SystemExit(2) from None
+    # Not the folder that all of a user's Gradio apps share: what is old in it is deleted.
+    own = Path(tempfile.gettempdir(), f"gradio-classifier-{os.getuid()}").resolve()
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(own))
     page = make_page(session, export, FOLDER)
+    threading.Thread(target=keep_deleting_old_files, args=(page,), daemon=True).start()
     # The visitor's own font: nothing to load, and every weight is there.
     theme = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
     # Gradio serves a clicked example only from the current folder or an allowed one.

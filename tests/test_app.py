@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -214,6 +215,12 @@ def module(deployment: Path) -> ModuleType:
     imported = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(imported)
     return imported
+
+
+def png(color: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), color).save(file, "PNG")
+    return file.getvalue()
 
 
 def save(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> Path:
@@ -507,6 +514,53 @@ def test_nothing_is_written_beside_the_app(app: App) -> None:
     assert len(list((app.folder / "examples").iterdir())) == 3
 
 
+# ------------------------------------------------------------------------------ what it leaves
+
+
+def test_old_files_are_deleted_and_those_that_are_kept_stay(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("a/upload.png", "b/example.png", "tmp1234", "c/new.png")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+    for file in files[:3]:
+        file.write_bytes(b"x")
+    (tmp_path / "a/dangling").symlink_to(tmp_path / "nothing")
+    time.sleep(1)
+    files[3].write_bytes(b"x")
+    for _ in range(2):
+        module.delete_old_files(tmp_path, [str(files[1]), str(tmp_path / "gone.png")], age_s=0.9)
+        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+        assert left == ["b/example.png", "c/new.png"]
+        assert not (tmp_path / "tmp1234").exists() and not (tmp_path / "a/dangling").is_symlink()
+
+
+def test_an_old_upload_goes_while_the_app_runs_and_its_examples_stay(
+    deployment: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(deployment, tmp_path / "gradio_deploy"))
+    code = (folder / "app.py").read_text()
+    for name, seconds in (("KEEP_FILES_S", 3), ("SWEEP_S", 0.2)):
+        code, count = re.subn(rf"^{name} = \d+", f"{name} = {seconds}", code, flags=re.M)
+        assert count == 1
+    (folder / "app.py").write_text(code)
+    with start_app(folder) as app:
+        running = stress_app.App(urlsplit(app.url).port, app.pid)
+        assert stress_app.top_class(stress_app.classify(running, "a.png", png(GREEN))) == "green"
+        too_large = bytes(20 * 2**20 + 5)  # Gradio leaves what has come of it
+        assert stress_app.upload(running, "large.png", too_large)[0] == 413
+        (uploads,) = (tmp_path / "gradio_deploy-elsewhere").glob("gradio-classifier-*")
+
+        def names() -> set[str]:
+            return {path.name for path in uploads.rglob("*") if path.is_file()}
+
+        assert {"a.png", "meadow.png"} < names()
+        deadline = time.monotonic() + 20
+        while names() != {"meadow.png", "sea.JPEG"}:
+            assert time.monotonic() < deadline, names()
+            time.sleep(0.2)
+
+
 # ------------------------------------------------------------------------------ refusing to start
 
 
@@ -529,10 +583,15 @@ def test_without_an_export_it_ends_with_one_line(deployment: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("pinned", ["right", "wrong"])
 def test_the_export_can_be_pinned(
-    module: ModuleType, deployment: Path, monkeypatch: pytest.MonkeyPatch, pinned: str
+    module: ModuleType,
+    deployment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pinned: str,
 ) -> None:
     digest = hashlib.sha256((deployment / "model.json").read_bytes()).hexdigest()
     monkeypatch.setenv("MODEL_JSON_SHA256", f" {digest.upper() if pinned == 'right' else 'f' * 64}")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     launched = []
     monkeypatch.setattr(module.gr.Blocks, "launch", lambda *_, **__: launched.append(True))
     with contextlib.nullcontext() if pinned == "right" else pytest.raises(SystemExit, match="2"):

@@ -26,6 +26,7 @@ from utils import EXIT_FAILED, UserError, latest_run, parse_options, run_folder,
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gradio_deploy"))
 
 import classifier
+import decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
             for folder, _, names in os.walk(path, onerror=give_up)
             for name in names
         ):
-            is_picture = endings.get(file.suffix.lower()) in classifier.PICTURE_FORMATS
+            is_picture = endings.get(file.suffix.lower()) in decoder.PICTURE_FORMATS
             if is_picture and not file.name.startswith(".") and not file.is_fifo():
                 yield file
 

@@ -1,11 +1,12 @@
 """The web page of a trained classifier: a picture in, the five likeliest classes out.
 
-Command: `python3 app.py`, from any folder. It stands alone: beside it lie classifier.py and what
-`generate_trace_model.py` writes there, `model.onnx`, `model.json` (labels, sizes, mean, standard
-deviation, measured accuracy) and `examples/` (pictures, optional). It writes nothing there. Its
-address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT. MODEL_CARD_URL and CODE_URL
-are what the page links to, MODEL_JSON_SHA256 pins the export; each may be left out. Uploads lie in
-GRADIO_TEMP_DIR, or in a temporary folder, in which all files are deleted after an hour.
+Command: `python3 app.py`, from any folder. It stands alone: beside it lie classifier.py, decoder.py
+and what `generate_trace_model.py` writes there, `model.onnx`, `model.json` (labels, sizes, mean,
+standard deviation, measured accuracy) and `examples/` (pictures, optional). It writes nothing
+there. Its address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT. MODEL_CARD_URL and
+CODE_URL are what the page links to, MODEL_JSON_SHA256 pins the export; each may be left out.
+Uploads lie in GRADIO_TEMP_DIR, or in a temporary folder, in which all files are deleted after an
+hour.
 
 A file that is missing or does not belong to the others ends it with one line on stderr and exit
 code 2.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import classifier
+import decoder
 
 try:  # a Space has this package; where it runs on ZeroGPU, it must come before Gradio
     import spaces
@@ -322,7 +324,7 @@ def make_page(
             )
 
         endings = Image.registered_extensions()
-        formats = classifier.PICTURE_FORMATS
+        formats = decoder.PICTURE_FORMATS
         files = sorted((folder / "examples").glob("*"))
         if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in formats]:
             with below:

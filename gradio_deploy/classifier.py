@@ -3,17 +3,14 @@
 Shared by the web page (app.py), the AWS Lambda function (lambda_deploy/handler.py) and the command
 line (predict.py). It reads two of the files that `generate_trace_model.py` writes into a folder:
 `model.onnx`, and `model.json` with its SHA-256, labels, sizes, mean and standard deviation. A
-picture is prepared as in validation, to one grey level.
+picture is decoded by decoder.py and prepared as in validation, to one grey level.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import struct
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
+from decoder import Decoder, RefusedError
 from PIL import Image
 
 
@@ -56,45 +54,13 @@ KEYS: dict[str, Callable[[Any], bool]] = {  # and what is read of them
     "formats": lambda value: isinstance(value, dict),
 }
 
-# What browsers and cameras make. Pillow's other readers are rarely tested with hostile files, and
-# one of them (EPS) starts a program of its own.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# A marker and its kind (ITU T.81, annex B); fill bytes may come before it. In a scan's data 0xff is
-# followed by 0, or by a restart marker.
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 HEIC = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)  # AVIF may begin like the last two
 MAX_BYTES = 20 << 20
-MAX_PIXELS = 50_000_000  # a phone's 48 megapixels; transparent, with the model, it takes 1 GB
-MAX_ASPECT = 100  # a line of 1 x 60,000 px would fill 12 GB once its shorter side is enlarged
-MAX_JPEG_SCANS = 64  # a progressive JPEG has about ten; each costs the time of a whole picture
-
-# Pillow warns of large pictures, which are refused below, and of broken EXIF data, and both times
-# with lines of its own source.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-# Exif 2.32, tag 0x0112.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+DECODER = Decoder()
 
 
 class ExportError(Exception):
     """The export's files are missing or do not belong together: a clause that says which."""
-
-
-class RefusedError(Exception):
-    """What is not answered: a sentence for who sent it, and the HTTP status that fits."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
 
 
 # ------------------------------------------------------------------------------ the model
@@ -203,73 +169,7 @@ def open_picture(content: bytes) -> Image.Image:
             "This is a HEIC photo, which is not read here: send it as a JPEG "
             "(on an iPhone: Settings, Camera, Formats, Most Compatible).",
         )
-    if content[:2] == b"\xff\xd8" and has_many_scans(content):
-        raise RefusedError(
-            422, "This JPEG has too many scans: save it again in a program for pictures."
-        )
-    try:
-        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError  # as Pillow does, at more than three times that
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise RefusedError(
-                    422, f"The picture is more than {MAX_ASPECT} times as long as wide."
-                )
-            image.load()
-            turn = exif_turn(image)
-            return as_rgb(image if turn is None else image.transpose(turn))
-    except RefusedError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise RefusedError(
-            415, "This is not a picture that can be read: send a JPEG, PNG or WebP file."
-        ) from None
-    except Image.DecompressionBombError:
-        raise RefusedError(
-            413, f"The picture has more than {MAX_PIXELS / 1e6:.0f} million pixels."
-        ) from None
-    except Exception:  # damage makes Pillow raise OSError, SyntaxError, ValueError, struct.error...
-        raise RefusedError(
-            422, "The picture is damaged or incomplete: send another copy of it."
-        ) from None
-
-
-def has_many_scans(content: bytes) -> bool:
-    """Whether a JPEG has more than MAX_JPEG_SCANS; what comes behind its end does not count.
-
-    Phones put films there, in which the bytes that begin a scan come by chance.
-    """
-    if content.count(b"\xff\xda") <= MAX_JPEG_SCANS:
-        return False
-    scans, position = 0, 2
-    while scans <= MAX_JPEG_SCANS and (marker := JPEG_MARKER.search(content, position)):
-        kind, position = marker[1][0], marker.end()
-        if kind == 0xD9:  # end of image
-            return False
-        scans += kind == 0xDA
-        if kind >= 0xC0:  # others have no length, and libjpeg goes on right behind them
-            position += int.from_bytes(content[position : position + 2])
-    return scans > MAX_JPEG_SCANS
-
-
-def exif_turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the picture upright, as its EXIF data says; data that is broken turns nothing."""
-    try:
-        return TURNS.get(image.getexif().get(0x0112))
-    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
-        return None
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, transparency on white."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip, not scale
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        return white
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return DECODER.decode(content)
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels

@@ -1,8 +1,8 @@
 """The trained classifier as an AWS Lambda function: a picture in, the five likeliest classes out.
 
-It stands alone: beside it lie classifier.py of gradio_deploy/, and `model.onnx` and `model.json`
-from `generate_trace_model.py`. Packages: requirements.txt. `scripts/aws/function.py` brings all of
-it to AWS.
+It stands alone: beside it lie classifier.py and decoder.py of gradio_deploy/, and `model.onnx` and
+`model.json` from `generate_trace_model.py`. Packages: requirements.txt. `scripts/aws/function.py`
+brings all of it to AWS.
 
 A request, through a function URL (payload format 2.0) or as the event of `aws lambda invoke`:
 
@@ -118,6 +118,7 @@ def answer(status: int, content: dict[str, Any]) -> dict[str, Any]:
 
 
 # In the start of the function, which has a whole CPU. What is wrong with the export, Lambda logs.
+classifier.DECODER.start()  # while the model loads
 MEMORY_MB = int(os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", VCPU_MB))
 SESSION, EXPORT = classifier.load_export(FOLDER, threads=max(1, round(MEMORY_MB / VCPU_MB)))
 

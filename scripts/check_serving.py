@@ -113,6 +113,7 @@ def deployed(folder: Path, source: str, export: Path) -> Path:
     )
     for file in (
         ROOT / "gradio_deploy/classifier.py",
+        ROOT / "gradio_deploy/decoder.py",
         export / "model.onnx",
         export / "model.json",
     ):

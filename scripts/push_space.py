@@ -8,7 +8,7 @@ Reads the app's folder, in which generate_trace_model.py has put the model. The 
 if it is not there, has in the end, after one commit:
 
     README.md           its head is the Space's configuration
-    app.py, classifier.py, requirements.txt, .gitignore
+    app.py, classifier.py, decoder.py, requirements.txt, .gitignore
     model.json          and the ONNX file that it names, after the checks that the app makes of them
     examples/           pictures
 
@@ -39,7 +39,10 @@ import pushing
 
 from utils import UserError, parse_options, run_stage
 
-APP_FILES = ("app.py", "classifier.py", "requirements.txt", "README.md", ".gitignore")
+APP_FILES = (
+    *("app.py", "classifier.py", "decoder.py"),
+    *("requirements.txt", "README.md", ".gitignore"),
+)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # that every browser shows
 
 

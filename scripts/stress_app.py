@@ -209,6 +209,64 @@ def odd(rng: random.Random) -> bytes:
     return file.getvalue()
 
 
+def directory(tags: list[tuple[int, int, int, int]]) -> bytes:
+    """The head of a TIFF file, or of EXIF data: (tag, type, count, value or place) in order."""
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+
+
+def with_exif(form: str, exif: bytes) -> bytes:
+    """A picture file of a format with this EXIF data, of any length."""
+    size = (64, 48)
+    if form == "PNG":
+        return png(*size, zlib.compress(bytes((3 * size[0] + 1) * size[1])), (b"eXIf", exif))
+    file = io.BytesIO()
+    if form != "JPEG":
+        Image.new("RGB", size).save(file, form, exif=exif)
+        return file.getvalue()
+    Image.new("RGB", size).save(file, form)
+    pieces = [exif[start : start + 65_000] for start in range(0, len(exif), 65_000)]
+    content = file.getvalue()
+    return content[:2] + b"".join(map(exif_segment, pieces)) + content[2:]
+
+
+def exif_segment(data: bytes) -> bytes:
+    """A segment of a JPEG; what comes in several is joined."""
+    return b"\xff\xe1" + struct.pack(">H", len(data) + 8) + b"Exif\0\0" + data
+
+
+def shared_tags(form: str, tags: int = 4000, size: int = 1_000_000) -> bytes:
+    """A picture whose tags all have the same data, of which each may get a copy."""
+    data = directory([(1000 + tag, 1, size, 0) for tag in range(tags)]) + bytes(size)
+    return data if form == "TIFF" else with_exif(form, data)
+
+
+def long_tiles(length: int = 1_000_000, tiles: int = 60) -> bytes:
+    """A TIFF of 16 rows whose tiles have so many."""
+    tile = zlib.compress(bytes(min(16 * length, 1 << 24)), 9)
+    places = struct.pack("<I", 1000) * tiles + struct.pack("<I", len(tile)) * tiles
+    tags = [(256, 4, 1, 16 * tiles), (257, 4, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8)]
+    tags += [(262, 3, 1, 1), (277, 3, 1, 1), (322, 4, 1, 16), (323, 4, 1, length)]
+    tags += [(324, 4, tiles, 1000 + len(tile)), (325, 4, tiles, 1000 + len(tile) + 4 * tiles)]
+    return directory(tags).ljust(1000, b"\0") + tile + places
+
+
+def many_parts(form: str, parts: int) -> bytes:
+    """A JPEG of so many pieces of EXIF data, or a GIF of so many comments, which are joined."""
+    file = io.BytesIO()
+    Image.new("L", (64, 48)).save(file, form)
+    content = file.getvalue()
+    if form == "JPEG":
+        return content[:2] + exif_segment(bytes(10)) * parts + content[2:]
+    start = content.index(b",", 13 + 3 * 2)  # behind a head and two colours or more
+    return content[:start] + b"\x21\xfe\x01x\0" * parts + content[start:]
+
+
+def fill_bytes(count: int) -> bytes:
+    """A JPEG of many scans, at whose beginning is a run of fill bytes that leads to nothing."""
+    return b"\xff\xd8" + b"\xff" * count + b"\0" + b"\xff\xda\0\2" * 65
+
+
 def bomb(rng: random.Random) -> bytes:
     """A small file that would be large in memory, or slow."""
     kind = rng.randrange(7)
@@ -230,8 +288,21 @@ def bomb(rng: random.Random) -> bytes:
         content = file.getvalue()
         scan = content[content.rindex(b"\xff\xda") : -2]
         return content[:-2] + scan * 1000 + content[-2:]
-    directory = struct.pack("<2sHIH", b"II", 42, 8, 65_535)  # a TIFF that claims 65,535 tags
-    return directory + struct.pack("<HHII", 0x0100, 4, 2**32 - 1, 8) * 65_535
+    head = struct.pack("<2sHIH", b"II", 42, 8, 65_535)  # a TIFF that claims 65,535 tags
+    return head + struct.pack("<HHII", 0x0100, 4, 2**32 - 1, 8) * 65_535
+
+
+def costly(rng: random.Random) -> bytes:
+    """A file of a few MB at most that Pillow alone would take gigabytes or many seconds for."""
+    return rng.choice(
+        [
+            lambda: shared_tags(rng.choice(("JPEG", "PNG", "WEBP", "TIFF"))),
+            long_tiles,
+            lambda: many_parts("JPEG", 100_000),
+            lambda: many_parts("GIF", 200_000),
+            lambda: fill_bytes(300_000),
+        ]
+    )()
 
 
 def other(rng: random.Random) -> bytes:
@@ -263,7 +334,8 @@ NAMES = (
 
 def hostile_file(rng: random.Random, app: App) -> Answer:
     """The answer to a file of a random kind, sometimes with a hostile name."""
-    make = rng.choices((truncated, fuzzed, spliced, odd, bomb, other), (5, 8, 3, 4, 1, 3))[0]
+    makers = {truncated: 5, fuzzed: 8, spliced: 3, odd: 4, bomb: 1, costly: 1, other: 3}
+    make = rng.choices(list(makers), list(makers.values()))[0]
     name = rng.choice(NAMES) if rng.random() < 0.3 else "photo.png"
     return classify(app, name, make(rng))
 
@@ -297,9 +369,15 @@ def handmade(rng: random.Random, app: App) -> Answer:
 
 
 def peak_bytes(app: App) -> int:
-    """The most memory that the app has had so far."""
-    status = Path(f"/proc/{app.pid}/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    """The most memory that the app and those of its processes that are there have had so far."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            text = status.read_text(encoding="ascii", errors="replace")
+            ids = re.findall(r"^P(?:id|Pid):\s+(\d+)$", text, re.M)
+            if str(app.pid) in ids and (peak := re.search(r"VmHWM:\s+(\d+) kB", text)):
+                total += int(peak[1]) * 1024
+    return total
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

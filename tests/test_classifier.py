@@ -289,11 +289,15 @@ def test_labels_that_classes_share_are_told_apart() -> None:
 
 
 def test_it_stands_alone() -> None:
-    """Beside it in Lambda lies no PyTorch, and nothing of ours but the handler."""
-    source = Path(classifier.__file__).read_text()
-    imported = {
-        line.split()[1].partition(".")[0]
-        for line in source.splitlines()
-        if line.startswith(("import ", "from "))
-    }
-    assert imported - sys.stdlib_module_names == {"numpy", "onnxruntime", "PIL"}
+    """Beside it in Lambda lies no PyTorch, and nothing of ours but the handler and the decoder."""
+    folder = Path(classifier.__file__).parent
+    for name, others in (
+        ("classifier.py", {"numpy", "onnxruntime", "PIL", "decoder"}),
+        ("decoder.py", {"PIL"}),
+    ):
+        imported = {
+            line.split()[1].partition(".")[0]
+            for line in (folder / name).read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        }
+        assert imported - sys.stdlib_module_names == others, name

@@ -37,7 +37,10 @@ import lambda_runtime
 from lambda_runtime import post
 
 CLASSES = 1000
-CODE = (REPOSITORY / "lambda_deploy/handler.py", REPOSITORY / "gradio_deploy/classifier.py")
+CODE = (
+    REPOSITORY / "lambda_deploy/handler.py",
+    *(REPOSITORY / "gradio_deploy" / name for name in ("classifier.py", "decoder.py")),
+)
 LAMBDA_START_S = 10  # how long Lambda lets a function start
 METADATA = {
     "format": 1,
@@ -229,7 +232,7 @@ def test_pictures_of_one_bucket(task: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused_at_the_start(task: Path, tmp_path: Path) -> None:
-    for name in ("handler.py", "classifier.py", "model.json"):
+    for name in ("handler.py", "classifier.py", "decoder.py", "model.json"):
         shutil.copy(task / name, tmp_path)
     content = bytearray((task / "model.onnx").read_bytes())
     content[len(content) // 2] ^= 1

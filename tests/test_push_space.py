@@ -24,7 +24,9 @@ import push_space
 from utils import UserError
 
 SPACE = "spaces/user/digits"
-APP_FILES = [".gitignore", "README.md", "app.py", "classifier.py", "requirements.txt"]
+APP_FILES = [
+    *(".gitignore", "README.md", "app.py", "classifier.py", "decoder.py", "requirements.txt")
+]
 FILES = sorted([*APP_FILES, "model.json", "model.onnx", "examples/0.jpg", "examples/1.png"])
 # What such a folder has in it as well after a while, some of it secret.
 SECRET = "sk-nobodyMayReadThis"
@@ -323,6 +325,7 @@ MISTAKES = {
     "model.onnx is missing": lambda app: (app / "model.onnx").unlink(),
     "model.onnx is not the file that ": lambda app: (app / "model.onnx").write_bytes(b"altered"),
     "classifier.py: name the app's folder": lambda app: (app / "classifier.py").unlink(),
+    "decoder.py: name the app's folder": lambda app: (app / "decoder.py").unlink(),
     "app.py: name the app's folder": shutil.rmtree,
     "a head of YAML between two lines of ---": lambda app: without("---\n", app / "README.md"),
     "in which stand `sdk: gradio`": lambda app: without("sdk: gradio\n", app / "README.md"),

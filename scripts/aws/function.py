@@ -3,12 +3,12 @@
     python3 scripts/aws/function.py deploy     make the function, or bring it up to date
     python3 scripts/aws/function.py remove     delete it and all that was made for it
 
-Reads `runs/NAME/export/model.onnx` and `model.json` (generate_trace_model.py), lambda_deploy/ and
-gradio_deploy/classifier.py. pip fetches the packages for Lambda's Python 3.13, whatever computer
-this is; they and the model go into a zip, by way of a bucket that is made for it, since Lambda
-takes no more than 50 MB from a computer. Settings, --dry-run and --yes are those of cloud.py, whose
-tear-down leaves the function alone. Needs permissions for Lambda, IAM, S3, CloudWatch Logs and to
-list EC2's zones.
+Reads `runs/NAME/export/model.onnx` and `model.json` (generate_trace_model.py), lambda_deploy/,
+classifier.py and decoder.py of gradio_deploy/. pip fetches the packages for Lambda's Python 3.13,
+whatever computer this is; they and the model go into a zip, by way of a bucket that is made for it,
+since Lambda takes no more than 50 MB from a computer. Settings, --dry-run and --yes are those of
+cloud.py, whose tear-down leaves the function alone. Needs permissions for Lambda, IAM, S3,
+CloudWatch Logs and to list EC2's zones.
 
 Without --public only who has the account's credentials may call it (`aws lambda invoke`, or
 `curl --aws-sigv4`); with it everybody may, at the account's expense.
@@ -141,7 +141,8 @@ def build_package(export: Path, folder: Path) -> Path:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    ours = (SOURCE / "handler.py", REPOSITORY / "gradio_deploy/classifier.py")
+    app = REPOSITORY / "gradio_deploy"
+    ours = (SOURCE / "handler.py", app / "classifier.py", app / "decoder.py")
     for file in (*ours, export / "model.onnx", export / "model.json"):
         shutil.copy(file, content)
     files = sorted(path for path in content.rglob("*") if path.is_file())

@@ -549,9 +549,13 @@ def turn_upright(image: Image.Image) -> Image.Transpose | None:
     """What brings a picture into the position that its EXIF data asks for.
 
     Pillow's own exif_transpose rewrites that data, and fails where other parts of it are broken.
+    Without that data Pillow takes what XMP says, which no browser does.
     """
+    bare = Image.new("L", (1, 1))
+    names = ("exif", "Raw profile type exif")  # the other is ImageMagick's, in PNG files
+    bare.info = {name: image.info[name] for name in names if name in image.info}
     try:
-        return TURNS.get(image.getexif().get(0x0112))
+        return TURNS.get(bare.getexif().get(0x0112))
     except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
         return None  # Exif data that cannot be read turns nothing
 
@@ -566,6 +570,7 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
                 _check_jpeg(data)
             elif image.format == "PNG":
                 _check_png(data)
+            image.info.pop("xmp", None)  # by which Pillow turns a TIFF that has no tag for it
             image.load()
             turn = turn_upright(image)
             return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))

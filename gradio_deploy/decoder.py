@@ -180,6 +180,7 @@ def read(content: bytes) -> tuple[Image.Image, Image.Transpose | None]:
             raise Image.DecompressionBombError  # as Pillow does, at more than three times that
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise RefusedError(422, f"The picture is more than {MAX_ASPECT} times as long as wide.")
+        image.info.pop("xmp", None)  # by which Pillow turns a TIFF that has no tag for it
         image.load()
         return as_rgb(image), exif_turn(image)
 
@@ -203,9 +204,15 @@ def has_many_scans(content: bytes) -> bool:
 
 
 def exif_turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the picture upright, as its EXIF data says; data that is broken turns nothing."""
+    """What brings the picture upright, as its EXIF data says; data that is broken turns nothing.
+
+    Without that data Pillow takes what XMP says, which no browser does.
+    """
+    bare = Image.new("L", (1, 1))
+    names = ("exif", "Raw profile type exif")  # the other is ImageMagick's, in PNG files
+    bare.info = {name: image.info[name] for name in names if name in image.info}
     try:
-        return TURNS.get(image.getexif().get(0x0112))
+        return TURNS.get(bare.getexif().get(0x0112))
     except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
         return None
 

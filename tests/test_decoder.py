@@ -4,6 +4,7 @@ The files are those that scripts/stress_app.py sends to the app.
 """
 
 import importlib.util
+import io
 import os
 import random
 import re
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encode, jpeg, scene
-from PIL import Image
+from pictures import ORIENTATIONS, encode, jpeg, scene, turned
+from PIL import Image, PngImagePlugin
 from test_classifier import pictures
+
+import image_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "gradio_deploy"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -84,6 +87,44 @@ def test_sixteen_bits_become_eight_of_the_same_grey() -> None:
         expected = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
         found = np.asarray(decoder.as_rgb(image))
         assert np.array_equal(found, np.repeat(expected[..., None], 3, axis=2)), image.mode
+
+
+def with_xmp(picture: Image.Image, kind: str, exif: Image.Exif, xmp: str) -> bytes:
+    options: dict[str, object] = {"exif": exif}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp)
+    elif kind == "TIFF":
+        exif[0x02BC] = xmp.encode()
+    else:
+        options["xmp"] = xmp.encode()
+    content = encode(picture, kind, **options)
+    assert b"Orientation" in content
+    return content
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_turns_and_xmp_does_not(orientation: int, kind: str) -> None:
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"/>'
+    bare, other = Image.Exif(), Image.Exif()
+    other[0x010F] = "a camera's maker"
+    other[0x0112] = 9  # no turn, and XMP does not count beside it either
+    picture = scene(30, 40)
+    expected = decoder.decode(encode(picture, kind))
+    for exif in (bare, other):
+        content = with_xmp(picture, kind, exif, xmp)
+        assert decoder.decode(content).tobytes() == expected.tobytes()
+        assert image_files.decode_with_pillow(content).tobytes() == expected.tobytes()
+    for endian in "<>":
+        stored, exif = turned(picture, orientation)
+        exif.endian = endian
+        content = encode(stored, kind, exif=exif)
+        assert kind == "TIFF" or {"<": b"II*\0", ">": b"MM\0*"}[endian] in content
+        with Image.open(io.BytesIO(content)) as image:
+            if kind != "TIFF":  # which Pillow turns by itself
+                assert decoder.exif_turn(image) == decoder.TURNS.get(image.getexif().get(0x0112))
+        assert decoder.decode(content).size == (40, 30)
 
 
 # ------------------------------------------------------------------------------ hostile ones

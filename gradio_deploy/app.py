@@ -43,7 +43,7 @@ MAX_REQUEST_BYTES = 1_000_000  # of what is no upload: a question names a file, 
 MAX_WAITING = 32  # people in the queue; the next one is told that it is full
 MAX_SESSIONS = 1000  # visitors whose page Gradio remembers
 KEEP_FILES_S = 3600  # how long uploads and heat maps stay on the disk
-SWEEP_S = 180  # how often it is looked for older ones
+SWEEP_S = 180  # how often older ones are looked for
 
 SHOWN_PX = 640  # longer side of the picture under the heat map
 # Dark to bright, so that it can be read without telling colours apart (after matplotlib's inferno).
@@ -235,9 +235,11 @@ def make_page(
         path = uploaded_file(upload, uploads)
         start = time.perf_counter()
         try:
-            picture = classifier.open_picture(path.read_bytes())
+            content = path.read_bytes()
         except OSError:  # removed after KEEP_FILES_S
             refuse("Choose the picture again.")
+        try:
+            picture = classifier.open_picture(content)
         except classifier.RefusedError as error:
             refuse(str(error))
         images, box = classifier.preprocess(picture, export)

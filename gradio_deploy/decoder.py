@@ -241,7 +241,8 @@ def main() -> None:
     if sys.platform == "linux":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
+        with contextlib.suppress(ValueError):  # there is a lower one already
+            resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
     AvifImagePlugin.DEFAULT_MAX_THREADS = 2  # each takes memory, and a large host has hundreds
     pictures, answers = sys.stdin.buffer, sys.stdout.buffer
     answers.write(b"\n")

@@ -166,7 +166,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     for field in dataclasses.fields(Config):
         value = getattr(RECIPES["reference"].config, field.name)
         choices = {"recipe": "quickstart", "precision": "fp32", "device": "cpu"}
-        choices |= {"optimizer": "muon", "anneal_strategy": "linear"}
+        choices |= {"optimizer": "muon", "anneal_strategy": "linear", "loss": "bce"}
         if field.name in choices:
             changed[field.name] = choices[field.name]
         elif isinstance(value, bool):

@@ -160,16 +160,22 @@ class _S3Store:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        """The client. After a failure it is made anew, in a session of its own.
+        """The client. After a failure it is made anew, but for one of the network or the store.
 
         For a client keeps what it found when it was made: no credentials, or those of a file that
-        has been written anew since.
+        has been written anew since. Made at every try, they would keep the training threads waiting.
         """
+        import botocore.exceptions as trouble
+
         self._client = self._client or self._connect()
         try:
             yield self._client
-        except Exception:
-            self._client = None
+        except (trouble.ConnectionError, trouble.HTTPClientError):
+            raise
+        except Exception as error:
+            status, _ = _answer(error) or (0, "")
+            if status < 500:
+                self._client = None
             raise
 
     def _note_clock(self, parsed: dict[str, Any], **_: object) -> None:

@@ -319,7 +319,8 @@ def test_the_others_wait_for_the_main_process_beyond_their_usual_time(tmp_path: 
         "import time, distributed\n"
         "distributed.WAIT_S = 10\n"
         "distributed.start()\n"
-        "print(f'heard {distributed.from_main(lambda: time.sleep(13) or 5)}')\n"
+        "heard = distributed.from_main(lambda: time.sleep(13) or 5)\n"
+        "print(f'heard {heard}\\n', end='')\n"  # in one piece
     )
     done = end(start(2, script))
     assert done.returncode == 0, done.stderr

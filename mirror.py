@@ -163,7 +163,7 @@ class _S3Store:
         """The client. After a failure it is made anew, but for one of the network or the store.
 
         For a client keeps what it found when it was made: no credentials, or those of a file that
-        has been written anew since. Made at every try, they would keep the training threads waiting.
+        has been written anew since. Made at every try, they would keep the training threads busy.
         """
         import botocore.exceptions as trouble
 

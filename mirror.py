@@ -767,10 +767,10 @@ def _patiently(mirror: Mirror) -> dict[str, bytes]:
         except UserError:
             raise
         except Exception as error:
-            past_s = time.monotonic() - started
-            if tries >= 3 and not (_may_pass(error) and past_s < PATIENCE_S):
+            past_s, may_pass = time.monotonic() - started, _may_pass(error)
+            if tries >= 3 and not (may_pass and past_s < PATIENCE_S):
                 raise
-            if past_s >= 60 * told:
+            if may_pass and past_s >= 60 * told:
                 told += 1
                 log.warning(
                     "the mirror %s cannot be read yet (%s): it is tried again, for up to %s",

@@ -127,12 +127,10 @@ class _S3Store:
     """A prefix of an S3 bucket; the credentials are those that boto3 finds."""
 
     def __init__(self, bucket: str, folder: str) -> None:
-        import boto3
         import botocore.exceptions
 
         self.bucket, self.folder = bucket, folder
         self.clock_ahead_s: float | None = None  # of this machine, by the store's last answer
-        self._new_session = boto3.session.Session
         try:
             self._client = self._connect()
         except botocore.exceptions.CredentialRetrievalError:  # of another service, which may answer
@@ -145,6 +143,7 @@ class _S3Store:
             ) from None
 
     def _connect(self) -> Any:
+        import boto3
         import botocore.config
 
         # By itself botocore gives an instance's role one second, once, to name its credentials.
@@ -154,7 +153,7 @@ class _S3Store:
         config = botocore.config.Config(
             connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
         )
-        client = self._new_session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
         client.meta.events.register("after-call.s3", self._note_clock)
         return client
 

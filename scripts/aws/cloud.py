@@ -11,7 +11,8 @@
 Needs the AWS CLI, version 2 or 1, with credentials (`aws configure`), and ssh. Settings stand in
 aws.env; see settings.py. Each command may be given again: what is done is not done again, what was
 broken off is gone on with. `--dry-run` prints each call that would change something, and changes
-nothing; `--yes` asks nothing. All that is made bears the tag resnet50-project, and is found by it.
+nothing; `--yes` asks nothing. All that is made bears the tag resnet50-project, and is found by it;
+what EC2 launches by itself, after a termination, is found by its spot request.
 """
 
 import contextlib

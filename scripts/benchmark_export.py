@@ -110,9 +110,13 @@ def main() -> None:
         runners = {**loaded, "onnx": onnx_runner(loaded["onnx"], threads)}
         for name, times_ms in measure(runners, images, options.pictures).items():
             ordered = sorted(times_ms)
-            percentiles = {f"p{p}_ms": ordered[p * len(ordered) // 100] for p in (5, 95)}
-            row = {"format": name, "threads": threads, "median_ms": statistics.median(ordered)}
-            row = {**row, **percentiles}
+            # Rounded once, so that what is printed is what is written.
+            row = {
+                "format": name,
+                "threads": threads,
+                "median_ms": round(statistics.median(ordered), 3),
+                **{f"p{p}_ms": round(ordered[p * len(ordered) // 100], 3) for p in (5, 95)},
+            }
             results.append(row)
             print(
                 f"{threads} thread{'s' * (threads > 1)}  {name:<12} {row['median_ms']:7.1f} ms "
@@ -125,10 +129,7 @@ def main() -> None:
             options.output,
             {
                 "settings": {"px": options.px, "pictures": options.pictures},
-                "results": [
-                    {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-                    for row in results
-                ],
+                "results": results,
                 "hardware": describe_computer(),
                 "versions": versions(("onnx", "onnxscript", "onnxruntime")),
             },

@@ -21,11 +21,14 @@ are gathered in DIR.partial, which takes DIR's name at the end. Packing goes on 
 where it was stopped, a download from Kaggle where it broke off.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import http.client
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -237,6 +240,31 @@ def _check_range(options: object, field: str, least: int, most: int) -> None:
         raise UserError(f"{field} is {value}: it must be {least} to {most:,}")
 
 
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """An empty DIR.partial, which becomes DIR in the end; raises UserError where another process
+    fills it."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        taken = False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        if taken or folder.exists():  # another has just finished it
+            raise UserError(
+                f"another process fills {folder}: wait for its end, and give the same command again"
+            )
+        for entry in os.scandir(partial):  # of a start that was broken off
+            shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)
+        yield partial
+        partial.rename(folder)
+    finally:
+        os.close(handle)
+
+
 def main() -> None:
     """Bring a data set into DIR/train/<class>/ and DIR/val/<class>/ or one file, or verify one."""
     options = parse_options(PrepareOptions, __doc__).data_set
@@ -257,14 +285,11 @@ def main() -> None:
                 f"{folder} is there, but train/ or val/ in it holds no images: name a folder that "
                 "does not exist yet"
             )
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if isinstance(options, DigitsOptions):
-            digits(partial)
-        else:
-            imagenette(partial, options.size)
-        partial.rename(folder)
+        with filling(folder) as partial:
+            if isinstance(options, DigitsOptions):
+                digits(partial)
+            else:
+                imagenette(partial, options.size)
     counts = count_images(folder)
     log.info("%s: %d training and %d validation images", folder, counts["train"], counts["val"])
 

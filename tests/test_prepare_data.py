@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import signal
 import subprocess
 import sys
 import tarfile
@@ -122,6 +123,22 @@ def test_a_killed_run_is_begun_anew(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert DONE in done.stdout
     assert not partial.exists()
+
+
+def test_two_at_once_do_not_fill_the_same_folder(tmp_path: Path) -> None:
+    folder, partial = tmp_path / "digits", tmp_path / "digits.partial"
+    command = [sys.executable, SCRIPT, "digits", folder]
+    first = subprocess.Popen(command, env=COMMAND_ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + WAIT_S
+    while not partial.is_dir() or not files_in(partial):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    second = prepare("digits", folder)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert second.stderr.startswith(f"error: another process fills {folder}: wait for its end")
+    assert DONE in first.communicate(timeout=WAIT_S)[0] and first.returncode == 0
 
 
 # ------------------------------------------------------------------------------ imagenette

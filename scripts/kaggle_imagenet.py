@@ -219,6 +219,7 @@ def find_archive(archive: Archive, folder: Path) -> Path | None:
 
     Raises UserError if it is there but is no archive, or is cut short and cannot be continued.
     """
+    broken = None
     for path in sorted(folder.glob(f"{archive.slug}.*")):
         if path.suffix == MARKER or _marker(path).exists() or not path.is_file():
             continue
@@ -228,8 +229,10 @@ def find_archive(archive: Archive, folder: Path) -> Path | None:
             # A zip's directory is at its end.
             if zipfile.is_zipfile(path) if is_zip else tarfile.is_tarfile(path):
                 return path
+        broken = broken or path
+    if broken is not None:
         raise UserError(
-            f"{path} is broken or cut short: remove it, and the same command downloads it again"
+            f"{broken} is broken or cut short: remove it, and the same command downloads it again"
         )
     return None
 
@@ -415,7 +418,9 @@ def _explain(
     """Why the CLI failed and what to do, in a line."""
     # The first line says it, but of a traceback the last, and the system's own words say it best.
     # An address may carry a signature that lets anybody download.
-    line = words.splitlines()[-1 if "Traceback (most" in words else 0]
+    # Warnings, of a newer release or of a readable key, come before it or behind it.
+    lines = [line for line in words.splitlines() if not line.startswith("Warning:")] or [words]
+    line = lines[-1 if "Traceback (most" in words else 0]
     system = re.search(r"\[Errno -?\d+\] ([^'\")]+)", line)
     detail = system[1] if system else re.sub(r"\?[^\s'\")]*", "?…", line)[:300]
     again = "give the same command again"

@@ -105,6 +105,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, code: int, value: object, **headers: str) -> None:
         body = json.dumps(value).encode()
         self.send_response(code)
+        self.send_header("X-Kaggle-APIVersion", "99.0.0")  # of which the CLI warns
         for name, text in headers.items():
             self.send_header(name, text)
         self.send_header("Content-Type", "application/json; charset=utf-8")

@@ -66,7 +66,7 @@ _EXTRA = struct.Struct("<2H2HB")
 _EXTRA_ID = 0x4E52
 
 _FIRST = "index/packing.json"
-_AGAIN = "copy it again, or pack it again with `python3 scripts/prepare_data.py pack`"
+_AGAIN = "copy it again, or remove it and pack it again with `python3 scripts/prepare_data.py pack`"
 
 
 # ------------------------------------------------------------------------------ reading
@@ -249,7 +249,7 @@ class StoreWriter:
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.settings = dict(settings)
         self.reencoded = 0
-        self._entries: dict[str, None] = {}  # "train/class/name", in the order of the file
+        self._entries: dict[str, int] = {}  # positions in the file of each "train/class/name"
         self._offsets, self._sizes, self._crcs = array("Q"), array("I"), array("I")
         self._heights, self._widths = array("H"), array("H")
         self._sha = hashlib.sha256()
@@ -279,6 +279,10 @@ class StoreWriter:
     def entries(self) -> Sequence[str]:
         """Names of the pictures, "train/class/name", in the order of the file."""
         return tuple(self._entries)
+
+    def crc(self, entry: str) -> int:
+        """CRC-32 of a picture that it holds."""
+        return self._crcs[self._entries[entry]]
 
     def close(self) -> None:
         """Close the file; what was added stays in STORE.partial."""
@@ -392,7 +396,7 @@ class StoreWriter:
     def _note(self, entry: str, size: int, crc: int, extra: bytes) -> None:
         """Take a picture that has just been written, or read, into the lists."""
         _, _, height, width, reencoded = _EXTRA.unpack(extra)
-        self._entries[entry] = None
+        self._entries[entry] = len(self._entries)
         self._offsets.append(self._end - size)
         self._sizes.append(size)
         self._crcs.append(crc)

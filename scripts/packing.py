@@ -27,6 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import tqdm
+from zlib_ng import zlib_ng
 
 import image_files
 import tiled_jpeg
@@ -36,6 +37,7 @@ from utils import EXIT_INTERRUPTED, UserError, format_duration, log
 
 LABELS_FILE = "LOC_val_solution.csv"
 LOG_INTERVAL_S = 10.0
+CHECKED_AGAIN = 16  # pictures of a partial store, or up to twice as many
 DAMAGED = "damaged in the archive"
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
 
@@ -127,6 +129,8 @@ class TarSource:
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it ends without the mark of its end")
+            while archive.fileobj.read(1 << 20):  # gzip's checksum is at its very end
+                pass
 
 
 Source = FolderSource | ZipSource | TarSource
@@ -191,6 +195,7 @@ def list_pictures(source: Source, val_labels: Path | None) -> tuple[list[str], l
     members: list[int] = []
     flat: dict[str, list[int]] = {part: [] for part in PARTS}
     elsewhere: list[int] = []
+    unknown: dict[str, list[int]] = {}  # by root: in a class, and no picture by its ending
     roots: dict[str, str] = {}  # folder that holds train/ and val/, and a name in it
     folders: set[tuple[str, str, str]] = set()  # root, part and class, whatever is in them
     for member, name in enumerate(source.names):
@@ -201,6 +206,8 @@ def list_pictures(source: Source, val_labels: Path | None) -> tuple[list[str], l
         if class_:
             folders.add(place)
         if not name.lower().endswith(image_files.IMAGE_ENDINGS):
+            if class_ and not name.endswith("/"):
+                unknown.setdefault(root, []).append(member)
             continue
         if class_:
             entries.append(f"{part}/{class_}/{name.rpartition('/')[2]}")
@@ -214,17 +221,15 @@ def list_pictures(source: Source, val_labels: Path | None) -> tuple[list[str], l
         if "\n" in name:
             raise UserError(f"{name!r} in {source.path} has a line break in its name: rename it")
     _check_layout(source, roots, entries, flat)
-    if elsewhere:
-        log.info(
-            "left aside: %s pictures outside train/<class>/ and val/<class>/, the first %s",
-            *(f"{len(elsewhere):,}", source.names[elsewhere[0]]),
-        )
+    (root,) = roots
+    _tell_left_aside(source, elsewhere, "pictures outside train/<class>/ and val/<class>/")
+    kinds = " ".join(image_files.IMAGE_ENDINGS)
+    _tell_left_aside(source, unknown.get(root, []), f"files in classes that end in none of {kinds}")
     if flat["val"]:
         entries += _label(source, flat["val"], val_labels)
         members += flat["val"]
         order = sorted(range(len(members)), key=members.__getitem__)
         entries, members = [entries[at] for at in order], [members[at] for at in order]
-    (root,) = roots
     _check_classes(source, entries, {(part, class_) for at, part, class_ in folders if at == root})
     first: dict[str, int] = {}
     for entry, member in zip(entries, members, strict=True):
@@ -234,6 +239,12 @@ def list_pictures(source: Source, val_labels: Path | None) -> tuple[list[str], l
                 f"both {entry}: rename or remove one"
             )
     return entries, members
+
+
+def _tell_left_aside(source: Source, members: Sequence[int], what: str) -> None:
+    if members:
+        first = source.names[members[0]]
+        log.info("left aside: %s %s, the first %s", f"{len(members):,}", what, first)
 
 
 def _place(name: str) -> tuple[str, str, str] | None:
@@ -453,7 +464,9 @@ def add_pictures(
 
     Returns the name and the reason of each that cannot be read.
     """
-    todo = [at for at, entry in enumerate(entries) if entry not in writer]
+    kept = [at for at, entry in enumerate(entries) if entry in writer]
+    again = set(kept[:: max(1, len(kept) // CHECKED_AGAIN)])
+    todo = [at for at, entry in enumerate(entries) if entry not in writer or at in again]
     requests = note_signals()
     progress = Progress("packing", len(entries), len(entries) - len(todo))
     bad: list[tuple[str, str]] = []
@@ -463,15 +476,25 @@ def add_pictures(
     def prepare_few(few: list[tuple[str, Read]]) -> list[tuple[str, Prepared | Exception]]:
         results: list[tuple[str, Prepared | Exception]] = []
         for entry, read in few:
+            image_files.take_complaint()  # of one before, that was refused in the end
             try:
                 results.append((entry, prepare(read, *settings)))
+                if complaint := image_files.take_complaint():
+                    log.info("perhaps damaged, but packed: %s (%s)", entry, complaint)
             except (ValueError, OSError, cv2.error) as error:
                 results.append((entry, error))
         return results
 
     def write_oldest() -> None:
         for entry, result in underway.popleft().result():
-            if isinstance(result, Exception):
+            if entry in writer:
+                if isinstance(result, Exception) or zlib_ng.crc32(result[0]) != writer.crc(entry):
+                    raise UserError(
+                        f"{writer.partial} holds another {entry} than {source.path}: pack from the "
+                        "same source again to go on, or remove it to begin anew"
+                    )
+                progress.tell(len(result[0]))
+            elif isinstance(result, Exception):
                 # Without the path, which another machine has not.
                 reason = getattr(result, "strerror", None) or " ".join(str(result).split())
                 bad.append((entry, reason))
@@ -519,6 +542,11 @@ def pack(
     if store_path.exists():
         done = open_store(store_path)
         settings = ", ".join(f"{key} {value}" for key, value in done.info["settings"].items())
+        if done.info["settings"] != {"max_side": max_side, "quality": quality}:
+            raise UserError(
+                f"{store_path} is finished already, with other settings ({settings}): name another "
+                "store, or remove it to pack it anew"
+            )
         log.info("%s is finished already (%s): nothing to do", store_path, settings)
         return
     source = open_source(source_path)

@@ -635,6 +635,6 @@ def test_a_damaged_picture_of_a_store_is_named(workers: int, mixed: Path, tmp_pa
         read_all(data.train_batches(damaged, config, 0))
     text = str(refused.value)
     assert f"train/{damaged.file(4)} in {path} is damaged" in text
-    assert "copy it again, or pack it again" in text
+    assert "copy it again, or remove it and pack it again" in text
     assert "skip-bad-images" not in text  # which a store does not heed: its pictures were checked
     assert decoding_threads() == []

@@ -137,7 +137,7 @@ def test_kaggles_imagenet_is_packed_from(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
 
-    again = pack(source, path, "--quality", 80)
+    again = pack(source, path)
     assert again.returncode == 0
     assert again.stdout.endswith(
         f"{path} is finished already (max_side 400, quality 90): nothing to do\n"
@@ -309,6 +309,13 @@ def damage_a_header(path: Path) -> None:
     path.write_bytes(content.replace(b"val/b/b.jpg", b"val/b/c.jpg", 1))  # another checksum
 
 
+def damage_the_sum(path: Path) -> None:
+    """A compressed tar whose checksum, behind the tar's own end, is not that of its content."""
+    content = bytearray(make_source(path, SMALL).read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "told"),
     [
@@ -318,6 +325,7 @@ def damage_a_header(path: Path) -> None:
         ("source.tar", cut_between, "is broken or cut short (it ends without"),
         ("source.tar", damage_a_header, "is broken or cut short (it ends without"),
         ("source.tar.gz", cut, "is broken or cut short"),
+        ("source.tar.gz", damage_the_sum, "is broken or cut short (CRC check failed"),
         ("notes.txt", lambda path: path.write_text("x" * 2000), "is no zip or tar, or its"),
         ("nothing.zip", lambda path: None, "no folder, zip or tar"),
     ],
@@ -491,7 +499,29 @@ def test_a_partial_store_of_another_source_or_setting_is_refused(tmp_path: Path)
     done = pack(other, path)
     assert done.returncode == 2
     assert f"holds 2 pictures that {other} has not, such as train/a/a.jpg" in done.stderr
+    same_names = make_source(tmp_path / "larger", {name: picture(8) for name in bad})
+    done = pack(same_names, path)
+    assert done.returncode == 2
+    assert f"store.partial holds another train/a/a.jpg than {same_names}: pack" in done.stderr
     assert (tmp_path / "store.partial").read_bytes() == before
+
+    assert pack(source, path, "--skip-bad-images").returncode == 0
+    done = pack(source, path, "--quality", 80)
+    assert done.returncode == 2
+    assert "finished already, with other settings (max_side 400, quality 90)" in done.stderr
+
+
+def test_what_may_be_damaged_or_is_left_aside_is_told(tmp_path: Path) -> None:
+    """Re-encoded, a picture shows no more that libjpeg complained of it."""
+    large = picture(1, 500, 600)
+    odd = {"train/a/odd.jpg": large[:-2] + b"left over" + large[-2:]}
+    aside = {"train/a/picture.jfif": picture(2), "Annotations/train/a/a.xml": b""}
+    done = pack(make_source(tmp_path / "source.zip", {**SMALL, **odd, **aside}), tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    assert "perhaps damaged, but packed: train/a/odd.jpg (Corrupt JPEG data" in done.stdout
+    assert done.stdout.count("perhaps damaged") == 1
+    assert "left aside: 1 files in classes that end in none of .jpg .jpeg " in done.stdout
+    assert "the first train/a/picture.jfif\n" in done.stdout
 
 
 def test_unreadable_files_of_a_folder_are_bad_pictures(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
 def test_a_store_that_was_cut_short_is_refused(written: Path, missing: int) -> None:
     os.truncate(written, written.stat().st_size - missing)
     text = refusal(written)
-    assert "cut short or made longer): copy it again, or pack it again with" in text
+    assert "cut short or made longer): copy it again, or remove it and pack it again with" in text
 
 
 @pytest.mark.parametrize("more", [1, 1000, 100_000])
@@ -282,7 +282,7 @@ def test_a_changed_picture_is_refused_when_it_is_read(written: Path) -> None:
         opened.read(0)
     assert str(refused.value) == (
         f"train/a/10.jpg in {written} is damaged, or was changed after it was packed: copy it "
-        "again, or pack it again with `python3 scripts/prepare_data.py pack`"
+        "again, or remove it and pack it again with `python3 scripts/prepare_data.py pack`"
     )
     assert bytes(opened.read(1)) == b"any bytes"
 

@@ -30,7 +30,7 @@ from image_files import (
     decode_with_pillow,
     take_complaint,
 )
-from utils import MEAN, STD, Config, UserError, log, train_px
+from utils import MEAN, STD, Config, log, train_px
 
 RESIZE = cv2.INTER_LINEAR  # of a training crop, of which less than half is left to shrink
 
@@ -155,15 +155,7 @@ def batches(
                     path = image_set.path(index)
                     log.warning("perhaps damaged, but shown: %s (%s)", path, complaint)
             except (ValueError, OSError, cv2.error) as error:
-                advice = (
-                    "put a good copy there and give the same command again, or begin another run "
-                    "with --skip-bad-images"
-                )
-                if image_set.store is not None:  # whose errors say what mends it
-                    advice = "then give the same command again"
-                raise UserError(
-                    f"cannot read {image_set.path(index)} ({error}): {advice}"
-                ) from error
+                raise image_set.unreadable(index, error) from error
 
     chunks = [
         distributed.share(order[start : start + batch_size])

@@ -69,6 +69,7 @@ DAMAGED_INDEX = (
 )
 # How thoroughly a folder's files have been looked at.
 NOT_CHECKED, LOOKED_WHOLE, DECODED = 0, 1, 2
+FINGERPRINT_IMAGES = 32  # whose checksums are a part of the fingerprint
 
 Encoded = tuple[bytes | memoryview, tuple[int, int] | None]  # a file, and its plain_jpeg_size
 
@@ -131,6 +132,16 @@ class ImageSet:
         *_, height, width, _ = self.store.records.item(position)
         return (data, (height, width)) if height else (bytes(data), None)
 
+    def unreadable(self, index: int, error: Exception) -> UserError:
+        """What a user is told where image `index` cannot be read, and why."""
+        advice = (
+            "put a good copy there and give the same command again, or begin another run with "
+            "--skip-bad-images"
+        )
+        if self.store is not None:  # whose errors say what mends it
+            advice = "then give the same command again"
+        return UserError(f"cannot read {self.path(index)} ({error}): {advice}")
+
     @functools.cached_property
     def _folder_name(self) -> bytes:
         return os.fsencode(self.folder)
@@ -156,14 +167,22 @@ class ImageSet:
         return [self.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names: tells a resumed run whether its images are still the same.
+        """SHA-256 of the names and of some images' checksums: tells a resumed run whether its
+        images are still the same.
 
-        Where packing changed pictures, their checksums are a part of it: a store packed with
-        other settings holds other images.
+        Of a store whose pictures packing has changed, all checksums are a part of it: packed with
+        other settings it holds other images. Raises UserError for an image that cannot be read.
         """
         digest = hashlib.sha256(self.names)
         if self.store is not None and self.store.info["reencoded"]:
             digest.update(self.store.records["crc32"][self.positions].tobytes())
+            return digest.hexdigest()
+        # Of a size or a version of a data set, each file differs from the others of its name.
+        for index in np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).astype(int).tolist():
+            try:
+                digest.update(zlib_ng.crc32(self.read(index)[0]).to_bytes(4))
+            except (ValueError, OSError) as error:
+                raise self.unreadable(index, error) from None
         return digest.hexdigest()
 
     def without(self, bad_files: Iterable[str]) -> "ImageSet":
@@ -203,7 +222,15 @@ def open_image_set(folder_name: str, part: str) -> ImageSet:
             "scripts/prepare_data.py imagenette data/imagenette`, and name it with "
             "--train-folder-name and --val-folder-name"
         )
-    image_set = read_index(folder) or list_folder(folder)
+    image_set = read_index(folder)
+    if image_set is None:
+        before, image_set = read_index(folder, outdated=True), list_folder(folder)
+        if before is not None and before.crcs is not None:
+            log.info(
+                "files in %s were added, removed or replaced since it was verified: its checksums "
+                "are not compared any more, until `python3 scripts/prepare_data.py verify`",
+                folder,
+            )
     empty = image_set.empty_classes()
     if empty:
         raise UserError(
@@ -254,28 +281,30 @@ def _open_part(store: Store, part: str) -> ImageSet:
     )
 
 
-def read_index(folder: Path) -> ImageSet | None:
-    """What `list_folder` would find, as it was kept; None if nothing was, or a folder changed."""
+def read_index(folder: Path, outdated: bool = False) -> ImageSet | None:
+    """What `list_folder` would find, as it was kept; None if nothing was, or a folder changed.
+
+    `outdated` asks for what was kept then, whatever has changed.
+    """
     classes, times_ns = _class_folders(folder)
     try:
         with (
             open(folder / INDEX_NAME, "rb") as file,
             np.load(file, allow_pickle=False) as index,
         ):
-            if (
-                int(index["version"]) != INDEX_VERSION
-                or os.fsdecode(index["classes"].tobytes()).split("\n") != list(classes)
-                or index["class_times_ns"].tolist() != list(times_ns)
-            ):
+            kept_classes = tuple(os.fsdecode(index["classes"].tobytes()).split("\n"))
+            kept_times_ns = tuple(index["class_times_ns"].tolist())
+            is_current = (kept_classes, kept_times_ns) == (classes, times_ns)
+            if int(index["version"]) != INDEX_VERSION or not (is_current or outdated):
                 return None
             return ImageSet(
                 folder,
-                classes,
+                kept_classes,
                 index["names"].tobytes(),
-                np.repeat(np.arange(len(classes)), index["counts"]),
+                np.repeat(np.arange(len(kept_classes)), index["counts"]),
                 checked=int(index["checked"]),
                 crcs=index["crc32"] if len(index["crc32"]) else None,
-                class_times_ns=times_ns,
+                class_times_ns=kept_times_ns,
             )
     except DAMAGED_INDEX:
         return None  # there is none, or it is damaged: listing the folder makes another
@@ -429,9 +458,9 @@ def check_files(config: Config, parts: dict[str, ImageSet]) -> list[str]:
     skipped: list[str] = []
     first = ""
     for part, image_set in parts.items():
-        # Files may have changed since their checksums were kept: to skip those, all are read again.
-        verified = config.skip_bad_images and image_set.crcs is not None
-        if image_set.checked >= wanted and not verified:
+        # Files may have changed since they were checked: to skip those, all are read again.
+        in_files = config.skip_bad_images and image_set.store is None
+        if image_set.checked >= wanted and not in_files:
             continue
         started = time.monotonic()
         log.info("checking %s files in %s", f"{len(image_set):,}", image_set.folder)

@@ -556,8 +556,9 @@ def main() -> None:
         copies.finish(mirror.COMPLETED_S)
         sys.exit(from_main(ended, exit_code, copies))
     train_set, val_set, skipped = open_images(config, state)
-    images = {"train": train_set.fingerprint(), "val": val_set.fingerprint(), "skipped": skipped}
     with distributed.agreed():
+        train, val = train_set.fingerprint(), val_set.fingerprint()
+        images = {"train": train, "val": val, "skipped": skipped}
         if state is not None and not options.dry_run:
             checkpoint.check_images(state, images)
         distributed.check_shares(config, len(train_set))

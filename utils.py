@@ -739,6 +739,7 @@ def commit() -> str:
 def start_log(path: Path | None) -> None:
     """Send the log to the screen and, where a path is given, to the end of that file."""
     log.setLevel(logging.DEBUG)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no UTF-8
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     # Lines of progress are debug messages: a terminal shows a bar in their place.
     handlers[0].setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)

@@ -16,7 +16,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,11 +71,16 @@ class Part:
 
     def changed(self) -> list[int]:
         """Readable pictures whose checksums are not those that the folder's index held."""
-        before = self.before
-        if before is None or before.crcs is None or before.names != self.images.names:
+        if self.before is None or self.before.crcs is None:
             return []
-        differ = np.flatnonzero(before.crcs != self.crcs).tolist()
-        return [index for index in differ if index not in self.bad]
+        before = dict(zip(self.before.files, self.before.crcs.tolist(), strict=True))
+        return [
+            index
+            for index, (file, crc) in enumerate(
+                zip(self.images.files, self.crcs.tolist(), strict=True)
+            )
+            if before.get(file, crc) != crc and index not in self.bad
+        ]
 
 
 # ------------------------------------------------------------------------------ one picture
@@ -153,7 +157,7 @@ def decode_all(images: ImageSet, workers: int, progress: Progress) -> Part:
         np.zeros(count, np.int64),
         np.zeros(count, np.uint32),
         np.zeros((count, 2), np.int32),
-        None if images.store else image_files.read_index(images.folder),
+        None if images.store else image_files.read_index(images.folder, outdated=True),
     )
 
     def inspect_some(start: int) -> list[tuple[int, str, list[str] | Exception]]:
@@ -341,9 +345,10 @@ def verify(folder: Path, output: Path | None, workers: int) -> None:
     """
     started = time.monotonic()
     if output is not None:
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder: name a file")
         check_writable(output.parent, "--output")
         output.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no UTF-8
     sets = open_parts(folder)
     progress = Progress("verifying", sum(len(images) for images in sets.values()))
     try:

@@ -349,13 +349,18 @@ def test_a_set_without_some_files(tmp_path: Path) -> None:
         images.without(["b/1.jpg", "b/2.jpg"])
 
 
-def test_the_fingerprint_is_of_the_names(tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_the_names_and_of_contents(tmp_path: Path) -> None:
     images = write_set(tmp_path / "here", {"a/1.jpg": b"", "b/1.jpg": b""})
     moved = write_set(tmp_path / "there", {"a/1.jpg": b"", "b/1.jpg": b""})
     renamed = write_set(tmp_path / "renamed", {"a/1.jpg": b"", "b/2.jpg": b""})
     other_class = write_set(tmp_path / "class", {"a/1.jpg": b"", "a/2.jpg": b"", "b/1.jpg": b""})
     assert images.fingerprint() == moved.fingerprint()
-    assert len({each.fingerprint() for each in (images, renamed, other_class)}) == 3
+    other_size = write_set(tmp_path / "size", {"a/1.jpg": b"2", "b/1.jpg": b"2"})
+    sets = (images, renamed, other_class, other_size)
+    assert len({each.fingerprint() for each in sets}) == 4
+    other_size.path(1).unlink()
+    with pytest.raises(UserError, match=f"cannot read {other_size.path(1)} .*No such file"):
+        other_size.fingerprint()
 
 
 # ------------------------------------------------------------------------------ a run's images
@@ -456,7 +461,7 @@ def test_a_checked_folder_is_neither_listed_nor_opened_again(tmp_path: Path) -> 
 def list_set(image_set: image_files.ImageSet) -> tuple:
     files, labels = image_set.files, image_set.labels
     assert labels.dtype == np.int64
-    return files, labels.tolist(), image_set.classes, image_set.folder, image_set.fingerprint()
+    return files, labels.tolist(), image_set.classes, image_set.folder
 
 
 def test_no_index_is_kept_while_a_folder_changes(tmp_path: Path) -> None:
@@ -591,6 +596,8 @@ def test_a_look_at_both_ends_does_not_stand_for_decoding(tmp_path: Path) -> None
     assert val.checked == image_files.DECODED
     spoil_unseen(val.path(0))
     assert image_files.check_files(config, {"val": val}) == []
+    # To leave out what is damaged, all is decoded again: it may have changed since.
+    assert image_files.check_files(careful, {"val": val}) == [f"val/{val.file(0)}"]
 
 
 # ------------------------------------------------------------------------------ stores

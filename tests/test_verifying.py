@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -437,7 +438,10 @@ def unnoticed_flip(content: bytes) -> bytes:
     raise AssertionError
 
 
-def test_a_verified_folder_is_checked_no_more_and_knows_its_files(tmp_path: Path) -> None:
+def test_a_verified_folder_is_checked_no_more_and_knows_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     make_images(tmp_path, classes=2, images=3)
     settled(tmp_path)
     assert verify(tmp_path).returncode == 0
@@ -480,9 +484,20 @@ def test_a_verified_folder_is_checked_no_more_and_knows_its_files(tmp_path: Path
         }
     # From now on the trainer looks at the files itself again, and leaves this one out if told so.
     assert image_files.open_images(config)[2] == ["train/class_1/train_2.jpg"]
+    # Nor where another file has been replaced since, of which its folder knows.
+    other = tmp_path / "train" / "class_1" / "train_0.jpg"
+    shutil.copy(other, tmp_path / "copy")
+    os.replace(tmp_path / "copy", other)
+    assert told(verify(tmp_path).stdout).keys() == {str(path)}
     overwrite(path, content)
+    settled(tmp_path)
     assert verify(tmp_path).returncode == 0
     assert train(tmp_path).returncode == 0
+    image_files.open_image_set(str(tmp_path / "train"), "train")
+    assert "since it was verified" not in caplog.text
+    other.unlink()
+    assert image_files.open_image_set(str(tmp_path / "train"), "train").crcs is None
+    assert "added, removed or replaced since it was verified" in caplog.text
 
 
 def test_a_folder_that_is_no_longer_clean_is_checked_again(tmp_path: Path) -> None:
@@ -660,6 +675,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
         ([tmp_path / "notes.txt"], "is no store of pictures"),
         ([tmp_path / "half", "--workers", 0], "workers is 0: it must be 1 to 1,024"),
         ([tmp_path / "half", "--output", tmp_path / "notes.txt" / "x"], "choose another --output"),
+        ([tmp_path / "half", "--output", tmp_path], f"--output {tmp_path} is a folder"),
     ):
         done = verify(*arguments)
         assert done.returncode == 2

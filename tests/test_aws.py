@@ -35,6 +35,7 @@ TRAINING = {
     "precision": "fp32",
     "device": "cpu",
 }
+IAM_NAME = "resnet50-imagenet-us-east-1"  # of the profile for the mirror, and of its role
 READING = ("Describe", "Get", "List", "Head")
 
 
@@ -575,11 +576,14 @@ def test_a_role_for_the_mirror_is_made_and_torn_down(
         ends.append(cloud(mirrored, "launch", "--yes", path=killing).returncode)
         assert len(ends) < 20
     assert ends.count(-9) >= 7  # role, policy, profile, role into profile, group, rule, key
-    assert account(emulator)["roles"] == account(emulator)["profiles"] == ["resnet50-imagenet"]
+    assert account(emulator)["roles"] == account(emulator)["profiles"] == [IAM_NAME]
     iam = session.client("iam", endpoint_url=environment["AWS_ENDPOINT_URL"])
-    policy = iam.get_role_policy(RoleName="resnet50-imagenet", PolicyName="mirror")
+    policy = iam.get_role_policy(RoleName=IAM_NAME, PolicyName="mirror")
     resources = [one["Resource"] for one in policy["PolicyDocument"]["Statement"]]
     assert resources == ["arn:aws:s3:::bucket", "arn:aws:s3:::bucket/resnet50/*"]
+    # IAM has no regions: what another region's machine needs stays.
+    assert "nothing in eu-west-1" in cloud(mirrored, "tear-down", "--region", "eu-west-1").stdout
+    assert account(emulator)["roles"] == account(emulator)["profiles"] == [IAM_NAME]
     until_it_ends(environment, "tear-down", killing)
     assert account(emulator) == {}
 
@@ -628,13 +632,13 @@ def test_a_role_that_only_has_the_projects_name_is_left_alone(
     session = boto3.Session("test", "test", region_name="us-east-1")
     url = environment["AWS_ENDPOINT_URL"]
     iam = session.client("iam", endpoint_url=url)
-    iam.create_role(RoleName="resnet50-imagenet", AssumeRolePolicyDocument="{}")
+    iam.create_role(RoleName=IAM_NAME, AssumeRolePolicyDocument="{}")
     assert "nothing in us-east-1" in cloud(environment, "tear-down", "--yes").stdout
     session.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
     snapshot(emulator)
     said = refused(environment, "launch", "--yes", "--mirror", "s3://bucket/a")
     assert "EntityAlreadyExists" in said and "another project" in said
-    assert account(emulator)["roles"] == ["resnet50-imagenet"]
+    assert account(emulator)["roles"] == [IAM_NAME]
 
 
 def test_a_new_instance_profile_is_waited_for(
@@ -644,7 +648,7 @@ def test_a_new_instance_profile_is_waited_for(
     session = boto3.Session("test", "test", region_name="us-east-1")
     url = environment["AWS_ENDPOINT_URL"]
     session.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
-    text = "Value (resnet50-imagenet) for parameter iamInstanceProfile.name is invalid."
+    text = f"Value ({IAM_NAME}) for parameter iamInstanceProfile.name is invalid."
     emulator.fail("RunInstances", "InvalidParameterValue", text)
     emulator.fail("CreateVolume", "VolumeLimitExceeded", "too many")
     done = cloud(environment, "launch", "--yes", "--mirror", "s3://bucket/a")

@@ -365,7 +365,7 @@ def test_the_life_of_a_function(
     url = aws(emulator, "lambda", "get-function-url-config", *NAME)
     assert (url["AuthType"], url["FunctionUrl"] in shown) == ("AWS_IAM", True)
     policy = aws(
-        emulator, "iam", "get-role-policy", "--role-name", "resnet50-imagenet-lambda",
+        emulator, "iam", "get-role-policy", "--role-name", "resnet50-imagenet-lambda-us-east-1",
         "--policy-name", "function",
     )["PolicyDocument"]  # fmt: skip
     assert [(one["Action"], one["Resource"].rpartition(":")[2]) for one in policy["Statement"]] == [
@@ -395,6 +395,8 @@ def test_the_life_of_a_function(
     assert "deletes:" in command("remove", "--dry-run")
     assert "nobody is there to ask" in command("remove", code=2)
     assert changes(emulator) == []
+    assert "no function" in command("remove", "--yes", "--region", "eu-west-1")  # nor its role
+    assert len(aws(emulator, "iam", "list-roles")["Roles"]) == 1
     assert command("remove", "--yes").endswith("all gone\n")
     assert aws(emulator, "lambda", "list-functions")["Functions"] == []
     assert aws(emulator, "iam", "list-roles")["Roles"] == []
@@ -424,7 +426,7 @@ def test_what_cannot_be_deployed(
     (tmp_path / "wheels").rename(tmp_path / "elsewhere")
     assert "pip cannot fetch the packages" in command("deploy", code=2)
     aws(
-        emulator, "iam", "create-role", "--role-name", "resnet50-imagenet-lambda",
+        emulator, "iam", "create-role", "--role-name", "resnet50-imagenet-lambda-us-east-1",
         "--assume-role-policy-document", "{}",
     )  # fmt: skip
     assert "without the tag resnet50-project" in command("remove", code=2)

@@ -3,6 +3,7 @@
 Every call is a process of `aws`, so that it can be typed again as it was shown.
 """
 
+import functools
 import json
 import os
 import re
@@ -71,6 +72,13 @@ class Aws:
                 "getting-started-install.html (pip install awscli works too)"
             )
         self.region, self.dry_run = region, dry_run
+
+    @functools.cached_property
+    def region_name(self) -> str:
+        """The region of the calls, also where only the AWS CLI's own settings name it."""
+        if self.region:
+            return self.region
+        return self.read("ec2", "describe-availability-zones")["AvailabilityZones"][0]["RegionName"]
 
     def read(self, *arguments: object) -> Any:
         """The JSON answer of a call that changes nothing; raises AwsError, UserError."""

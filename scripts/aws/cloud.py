@@ -696,9 +696,7 @@ def tear_down(options: TearDown, aws: Aws) -> None:
         *(f"role {name}" for name in roles),
     ]
     if not lines:
-        zones = aws.read("ec2", "describe-availability-zones")["AvailabilityZones"]
-        region = zones[0]["RegionName"]
-        print(f"nothing in {region} bears the tag {PROJECT_TAG}={settings.project}")
+        print(f"nothing in {aws.region_name} bears the tag {PROJECT_TAG}={settings.project}")
         return
     warning = " The runs' checkpoints and results go too." * any(
         tag_of(one, ROLE_TAG) == "runs" for one in volumes

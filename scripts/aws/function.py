@@ -192,18 +192,18 @@ def find_function(aws: Aws, settings: Settings) -> dict[str, Any] | None:
 
 def find_role(aws: Aws, settings: Settings) -> dict[str, Any] | None:
     """The function's role, or None; raises UserError for somebody else's."""
-    role = found(aws, "iam", "get-role", "--role-name", role_name(settings))
+    name = role_name(aws, settings)
+    role = found(aws, "iam", "get-role", "--role-name", name)
     if role is not None and tag_of(role["Role"], PROJECT_TAG) != settings.project:
         raise UserError(
-            f"there is a role {role_name(settings)} without the tag {PROJECT_TAG}: set another "
-            "project in aws.env"
+            f"there is a role {name} without the tag {PROJECT_TAG}: set another project in aws.env"
         )
     return role and role["Role"]
 
 
-def role_name(settings: Settings) -> str:
-    """The name of the function's role, which is not that of the instances."""
-    return f"{settings.project}-lambda"
+def role_name(aws: Aws, settings: Settings) -> str:
+    """The name of the function's role, which is not that of the instances; roles have no region."""
+    return f"{settings.project}-lambda-{aws.region_name}"
 
 
 def log_group(settings: Settings) -> str:
@@ -221,7 +221,7 @@ def find_log_group(aws: Aws, settings: Settings) -> dict[str, Any] | None:
 
 def where(aws: Aws, settings: Settings) -> tuple[str, str, str]:
     """Region, account, and the bucket for packages: its name is unique in the world."""
-    region = aws.read("ec2", "describe-availability-zones")["AvailabilityZones"][0]["RegionName"]
+    region = aws.region_name
     account = aws.read("sts", "get-caller-identity")["Account"]
     return region, account, f"{settings.project.lower()}-{account}-{region}"[:63].rstrip("-")
 
@@ -272,7 +272,7 @@ def deploy(options: Deploy, aws: Aws) -> None:
 
 def ensure_role(aws: Aws, options: Deploy, region: str, account: str) -> str:
     """ARN of the role that lets the function write its log and read the bucket, and no more."""
-    settings, name = options.settings, role_name(options.settings)
+    settings, name = options.settings, role_name(aws, options.settings)
     lines = f"arn:aws:logs:{region}:{account}:log-group:{log_group(settings)}:*"
     may = [
         {
@@ -461,7 +461,7 @@ def ensure_url(aws: Aws, options: Deploy) -> str:
 def remove(options: Remove, aws: Aws) -> None:
     """Delete the function, which ends its address first, then what was made for it."""
     settings = options.settings
-    name = role_name(settings)
+    name = role_name(aws, settings)
     region, account, bucket = where(aws, settings)
     owner = ("--expected-bucket-owner", account)
     function, role = find_function(aws, settings), find_role(aws, settings)

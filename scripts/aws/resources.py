@@ -207,7 +207,7 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
     """Options of run-instances for a profile that may use the mirror; none without a mirror."""
     if not settings.mirror:
         return []
-    name = settings.project
+    name = profile_name(aws, settings)
     bucket, _, prefix = settings.mirror.removeprefix("s3://").partition("/")
     aws.read("s3api", "head-bucket", "--bucket", bucket)
     trust = {
@@ -230,7 +230,7 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
         aws.change(
             "iam", "create-role", "--role-name", name, "--assume-role-policy-document",
             json.dumps({"Version": "2012-10-17", "Statement": [trust]}),
-            "--tags", f"Key={PROJECT_TAG},Value={name}",
+            "--tags", f"Key={PROJECT_TAG},Value={settings.project}",
         )  # fmt: skip
     if name not in roles or role_policy(aws, name) != policy:
         aws.change(
@@ -240,7 +240,7 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
     if name not in profiles:
         aws.change(
             "iam", "create-instance-profile", "--instance-profile-name", name,
-            "--tags", f"Key={PROJECT_TAG},Value={name}",
+            "--tags", f"Key={PROJECT_TAG},Value={settings.project}",
         )  # fmt: skip
     if not profiles.get(name):
         aws.change(
@@ -250,9 +250,14 @@ def ensure_profile(aws: Aws, settings: Settings) -> list[str]:
     return ["--iam-instance-profile", f"Name={name}"]
 
 
+def profile_name(aws: Aws, settings: Settings) -> str:
+    """Name of the instance profile and of its role; IAM has no regions, what is rented has one."""
+    return f"{settings.project}-{aws.region_name}"
+
+
 def find_profiles(aws: Aws, settings: Settings) -> tuple[dict[str, list[str]], list[str]]:
     """The project's instance profiles, each with its roles' names, and its roles."""
-    name = settings.project
+    name = profile_name(aws, settings)
     profile = _tagged(aws, settings, "instance-profile", "InstanceProfile")
     role = _tagged(aws, settings, "role", "Role")
     roles_in_it = [one["RoleName"] for one in profile["Roles"]] if profile else []
@@ -260,9 +265,9 @@ def find_profiles(aws: Aws, settings: Settings) -> tuple[dict[str, list[str]], l
 
 
 def _tagged(aws: Aws, settings: Settings, kind: str, key: str) -> dict[str, Any] | None:
-    """IAM's role or profile of the project's name, if it bears the project's tag; else None."""
+    """IAM's role or profile of that name, if it bears the project's tag; else None."""
     try:
-        found = aws.read("iam", f"get-{kind}", f"--{kind}-name", settings.project)[key]
+        found = aws.read("iam", f"get-{kind}", f"--{kind}-name", profile_name(aws, settings))[key]
     except AwsError as error:
         # Who needs no mirror needs no permission for IAM, and has nothing there.
         allowed = ("NoSuchEntity",) if settings.mirror else ("NoSuchEntity", "AccessDenied")
@@ -335,7 +340,7 @@ def placement_scores(aws: Aws, instance_type: str) -> dict[str, int]:
         scores = aws.read(
             "ec2", "get-spot-placement-scores", "--instance-types", instance_type,
             "--target-capacity", "1", "--single-availability-zone",
-            "--region-names", described[0]["RegionName"],
+            "--region-names", aws.region_name,
         )["SpotPlacementScores"]  # fmt: skip
     except AwsError:  # a permission of its own, and a limit on how often it may be asked
         return {}

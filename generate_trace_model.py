@@ -275,8 +275,8 @@ def main() -> None:
         raise UserError(f"no --formats: name one or several of {', '.join(EXPORTERS)}")
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name)
-    if not options.name:
-        print(f"exporting the most recent run: {name}")
+    unfinished = ", which is not finished" * (not (folder / "result.json").exists())
+    print(f"exporting {'the most recent run: ' * (not options.name)}{name}{unfinished}")
     run = read_run(folder)
     weights = folder / f"{options.weights}.pt"
     if run is None or not weights.exists():

@@ -174,13 +174,15 @@ class ImageSet:
         other settings it holds other images. Raises UserError for an image that cannot be read.
         """
         digest = hashlib.sha256(self.names)
-        if self.store is not None and self.store.info["reencoded"]:
-            digest.update(self.store.records["crc32"][self.positions].tobytes())
+        # Of another size or version of a data set, each file differs from this one's.
+        some = np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).astype(int)
+        if self.store is not None:
+            chosen = self.positions if self.store.info["reencoded"] else self.positions[some]
+            digest.update(self.store.records["crc32"][chosen].tobytes())
             return digest.hexdigest()
-        # Of a size or a version of a data set, each file differs from the others of its name.
-        for index in np.linspace(0, len(self) - 1, FINGERPRINT_IMAGES).astype(int).tolist():
+        for index in some.tolist():
             try:
-                digest.update(zlib_ng.crc32(self.read(index)[0]).to_bytes(4))
+                digest.update(np.uint32(zlib_ng.crc32(self.read(index)[0])).tobytes())
             except (ValueError, OSError) as error:
                 raise self.unreadable(index, error) from None
         return digest.hexdigest()
@@ -217,10 +219,10 @@ def open_image_set(folder_name: str, part: str) -> ImageSet:
         return _open_part(open_store(folder), part)
     if not folder.is_dir():
         raise UserError(
-            f"no folder or store {folder}: make a folder with `python3 scripts/prepare_data.py "
-            "digits data/digits` (small, no network; for --recipe quickstart) or `python3 "
-            "scripts/prepare_data.py imagenette data/imagenette`, and name it with "
-            "--train-folder-name and --val-folder-name"
+            f"no folder or store {folder}: make one with `python3 scripts/prepare_data.py imagenet "
+            "DIR`, `imagenette data/imagenette` or `digits data/digits` (small, no network; for "
+            "--recipe quickstart), and name it with --train-folder-name and --val-folder-name: a "
+            "store with both"
         )
     image_set = read_index(folder)
     if image_set is None:

@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import shlex
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +28,16 @@ import data
 import distributed
 import engine
 import image_files
+import preflight
 from utils import (
     Config,
     ConfigOptions,
     UserError,
+    as_arguments,
     check_config,
     check_writable,
     log,
+    lr_settings,
     parse_options,
     run_folder,
     run_stage,
@@ -49,6 +54,7 @@ SMOOTHING = 0.9  # weight of the past in the moving average of the loss
 SETTLING = 10  # steps until the moving average means something
 RISE = 0.1  # share of the loss by which it must at least rise to have diverged
 FALL = 0.02  # share of the loss by which it must at least fall to suggest anything
+FALL_ERRORS = 8  # and so many standard errors of the smoothed loss: noise alone falls by four
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +118,12 @@ def diverged(smoothed: list[float]) -> bool:
     return smoothed[-1] > lowest + max(0.5 * (start - lowest), RISE * start)
 
 
-def suggest(rates: list[float], smoothed: list[float]) -> float:
+def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> float:
     """The rate at which the smoothed loss is lowest: the largest one that still trains.
 
     OneCycle takes a third of the run to climb to its peak and leaves it at once, so it bears what
     a fresh network just bears (Smith and Topin, arXiv 1708.07120). Raises UserError where the loss
-    never falls.
+    never falls by more than its noise does, or falls until the end.
     """
     if len(smoothed) <= SETTLING:
         raise UserError("the loss is no number from the first steps on: try a lower --first-lr")
@@ -126,6 +132,18 @@ def suggest(rates: list[float], smoothed: list[float]) -> float:
         raise UserError(
             "the loss does not fall anywhere in this range: try a lower --first-lr or more --steps"
         )
+    # Batches differ; of that, a moving average keeps the share under the root.
+    steps = [later - earlier for earlier, later in itertools.pairwise(losses[: lowest + 1])]
+    noise = statistics.pstdev(steps) / math.sqrt(2)
+    error = noise * math.sqrt((1 - SMOOTHING) / (1 + SMOOTHING))
+    fall = smoothed[SETTLING] - smoothed[lowest]
+    if fall < FALL_ERRORS * error:
+        raise UserError(
+            f"the loss falls by {fall:.2g}, which the batches' differences ({noise:.2g} each) can "
+            "do: try more --steps, or a larger --batch-size"
+        )
+    if lowest == len(smoothed) - 1:
+        raise UserError(f"the loss still falls at {rates[lowest]:.2g}: try a higher --last-lr")
     return rates[lowest]
 
 
@@ -175,7 +193,9 @@ def main() -> None:
             "first rate must be above 0 and below the last, over at least 20 steps"
         )
     start_log(None)
-    engine.choose_precision(config, engine.choose_device(config))  # refused before any folder
+    device = engine.choose_device(config)
+    engine.choose_precision(config, device)  # refused before any folder
+    preflight.refuse_lost_gpu(config, device)
     first_px = train_px(config, epoch=0)
     if first_px != config.train_px:
         log.info("the range is tested at the first epoch's %d px", first_px)
@@ -197,15 +217,14 @@ def main() -> None:
         rates, losses, smoothed = range_test(
             run, batches, options, steps_per_epoch(config, train_set)
         )
-    suggestion = suggest(rates, smoothed)
+    suggestion = suggest(rates, losses, smoothed)
     draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
     write_json(
         folder / "lr_finder.json",
         {
             "suggested_max_lr": suggestion,
             "steps": len(rates),
-            "batch_size": config.batch_size,
-            "train_px": config.train_px,
+            "settings": lr_settings(config),
             "learning_rate": rates,
             "loss": losses,
             "smoothed_loss": smoothed,
@@ -213,9 +232,8 @@ def main() -> None:
     )
     log.info("suggested max_lr: %.3g (%s)", suggestion, folder / "lr_finder.png")
     log.info(
-        "train with it: python3 trainer.py --recipe %s --name %s --max-lr-from-finder",
-        config.recipe,
-        config.name,
+        "train with it: python3 trainer.py %s --max-lr-from-finder",
+        shlex.join(as_arguments(options.config)),
     )
 
 

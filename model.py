@@ -3,6 +3,7 @@
 python3 model.py        prints the layer table at 3x224x224: 174 rows, 25,557,032 parameters
 """
 
+import dataclasses
 import hashlib
 import pickle
 import zipfile
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torchsummary
-import tyro
+
+from utils import UserError, parse_options, run_stage
 
 # Of the names of ImageNet-1k's 1,000 folders, sorted, a line feed between them.
 IMAGENET_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
@@ -113,16 +115,26 @@ def is_wordnet_id(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
-def main(num_classes: int = 1000, side_px: int = 224) -> None:
-    """Print torchsummary's table of the layers.
+@dataclasses.dataclass(frozen=True)
+class SummaryOptions:
+    """What is summarised."""
 
-    Args:
-        num_classes: number of classes
-        side_px: side of the input picture, in pixels
-    """
-    model = ResNet50Wrapper(num_classes)
+    num_classes: int = 1000
+    """number of classes"""
+    side_px: int = 224
+    """side of the input picture, in pixels"""
+
+
+def main() -> None:
+    """Print torchsummary's table of the layers."""
+    options = parse_options(SummaryOptions, __doc__)
+    for field, value in dataclasses.asdict(options).items():
+        if value < 1:
+            raise UserError(f"{field} is {value}: it must be 1 or more")
+    side_px = options.side_px
+    model = ResNet50Wrapper(options.num_classes)
     torchsummary.summary(model.model, (3, side_px, side_px), device="cpu")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    run_stage(main)

@@ -184,6 +184,7 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
         ncols=max(1, 120 // (max(map(len, styles)) + 6)),  # about 120 letters fit side by side
     )
     top1, name = max((max(curves["val_top1"]), name) for name, curves in runs.items())
+    name = name if len(name) <= 60 else f"{name[:59]}…"  # what the title has room for
     title = f"{name}: best top-1 {top1:.2f} %"
     if len(runs) > 1:
         title = f"{len(runs)} runs: best top-1 {top1:.2f} % ({name})"

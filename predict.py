@@ -7,7 +7,7 @@
 Reads model.onnx and model.json of runs/<name>/export/ (python3 generate_trace_model.py), or of
 --export, and prepares pictures as validation and the app do. A folder means the pictures in it and
 in its folders, but for hidden files. A file that cannot be used is told on stderr, or as "error" in
-JSON; the others are answered, and the exit code is 1.
+JSON; the others are answered, and the exit code is 1. A path that is not there ends it at once.
 """
 
 import dataclasses

@@ -383,7 +383,7 @@ def check_gpu(config: Config, device: torch.device) -> Finding:
         return Finding(
             PROBLEM,
             f"the driver ({driver}) sees {name}, PyTorch does not ({torch_complaint()}): it would "
-            "train on the CPU",
+            "train on the CPU; --device cpu says that this is meant",
         )
     if trouble:
         return Finding(
@@ -396,6 +396,18 @@ def check_gpu(config: Config, device: torch.device) -> Finding:
         f"none: it would train on the CPU, {describe_computer()['cpu']}; --device cpu says that "
         "this is meant",
     )
+
+
+def refuse_lost_gpu(config: Config, device: torch.device) -> None:
+    """Refuse to train on the CPU of a machine whose GPU is paid for; raises UserError.
+
+    Who hides the GPU from PyTorch means the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if config.device == "auto" and device.type == "cpu" and not hidden:
+        finding = check_gpu(config, device)
+        if finding.level == PROBLEM:
+            raise UserError(finding.text)
 
 
 def driver_gpus() -> tuple[list[tuple[str, str]], str]:

@@ -54,6 +54,7 @@ from utils import (
     is_out_of_memory,
     learning_rate,
     log,
+    lr_settings,
     parse_options,
     read_json,
     run_folder,
@@ -287,6 +288,17 @@ def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> C
     if not isinstance(rate, int | float):
         what = f"no {path}" if found is None else f"{path} has no suggested_max_lr"
         raise UserError(f"{what}: run python3 lr_finder.py first, with the settings of this run")
+    settings = found.get("settings", {})
+    other = [
+        f"{name} {settings[name]} instead of {value}"
+        for name, value in lr_settings(config).items()
+        if settings.get(name, value) != value
+    ]
+    if other:
+        raise UserError(
+            f"{path} is of {', '.join(other)}: run python3 lr_finder.py again, with the settings "
+            "of this run"
+        )
     config = dataclasses.replace(config, max_lr=rate)
     check_config(config)
     return config
@@ -545,7 +557,10 @@ def main() -> None:
         start_log(None)
         check_config(options.config)
         distributed.refuse_several("--dry-run", options.dry_run)
-        engine.choose_precision(options.config, engine.choose_device(options.config))
+        device = engine.choose_device(options.config)
+        engine.choose_precision(options.config, device)
+        if not options.dry_run:  # which tells all that it finds
+            preflight.refuse_lost_gpu(options.config, device)
         folder = run_folder(options.config.runs_folder, options.config.name)
         copies = in_main(mirror.start, "" if options.dry_run else options.config.mirror, folder)
 

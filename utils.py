@@ -44,6 +44,7 @@ EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is w
 EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
 EXIT_BUDGET = 76  # the budget is spent, everything is saved; only a higher one goes on
 EXIT_NOT_COPIED = 77  # finished, but the mirror lacks something; the same command completes it
+REMOVE_IT = "remove it, and run the command that wrote it again"  # what can be written again
 
 # In a run's folder: it is a copy of the run on a rented machine, and may be copied over again.
 FETCHED = ".fetched"
@@ -371,16 +372,19 @@ ConfigOptions = tyro.conf.OmitArgPrefixes[Config]
 Options = TypeVar("Options")
 
 
-def parse_options(options_class: type[Options], description: str = "") -> Options:
+def parse_options(
+    options_class: type[Options], description: str = "", arguments: Sequence[str] | None = None
+) -> Options:
     """The command line as an instance of a dataclass: an option a field, its docstring the help.
 
     Where the class has a field `config: Config`, `--recipe NAME` chooses the defaults. A value of
     the wrong type or an unknown option ends the program with one line and exit code 2.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     # Names may be typed as they stand in Config (--max_lr) or as is usual (--max-lr).
-    keywords: dict[str, Any] = {"description": description}
+    keywords: dict[str, Any] = {"description": description, "args": arguments}
     if "config" in {field.name for field in dataclasses.fields(options_class)}:
-        keywords["default"] = options_class(config=RECIPES[_recipe_named(sys.argv[1:])].config)
+        keywords["default"] = options_class(config=RECIPES[_recipe_named(words)].config)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -399,6 +403,12 @@ def _recipe_named(arguments: list[str]) -> str:
         if option == "--recipe":
             recipe = value if equals else "".join(arguments[position + 1 : position + 2])
     return recipe if recipe in RECIPES else "reference"
+
+
+def lr_settings(config: Config) -> dict[str, Any]:
+    """The settings that the best learning rate depends on most."""
+    names = ("batch_size", "optimizer", "loss", "norm_and_bias_lr")
+    return {"train_px": train_px(config, epoch=0)} | {name: getattr(config, name) for name in names}
 
 
 def as_arguments(config: Config) -> list[str]:
@@ -427,7 +437,9 @@ def _one_line(box: str) -> str:
             break
         if not is_rule:
             message.append(line)
-    script = Path(sys.argv[0]).name
+    script = os.path.relpath(sys.argv[0])
+    if script.startswith(".."):
+        script = sys.argv[0]
     return f"{' '.join(message).strip()} (python3 {script} --help lists the options)"
 
 
@@ -647,20 +659,20 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, advice: str = REMOVE_IT) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, in order of epochs; raises UserError if it is damaged."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines() if line]
     except ValueError:  # bytes that are no text are one too
-        raise UserError(_damaged(path)) from None
+        raise UserError(f"{path} is damaged: {advice}") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, advice: str = REMOVE_IT) -> Any:
     """The value in a JSON file, None if there is no such file; UserError if it is damaged."""
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError:  # bytes that are no text are one too
-        raise UserError(_damaged(path)) from None
+        raise UserError(f"{path} is damaged: {advice}") from None
 
 
 def read_run(folder: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]] | None:
@@ -680,10 +692,6 @@ def read_run(folder: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]] | N
             f"{path} has not the settings and classes of a run: bring back a copy"
         ) from None
     return config, classes, record
-
-
-def _damaged(path: Path) -> str:
-    return f"{path} is damaged: remove it, and run the command that wrote it again"
 
 
 def save_config(

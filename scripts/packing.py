@@ -15,6 +15,7 @@ import io
 import itertools
 import lzma
 import os
+import shlex
 import sys
 import tarfile
 import time
@@ -591,6 +592,10 @@ def pack_pictures(
     report(open_store(store_path))
     log.info("SHA-256 %s, also in %s.sha256", digest, store_path)
     log.info("packed in %s", format_duration(time.monotonic() - started))
+    log.info(
+        "train on it: python3 trainer.py --train-folder-name %s --val-folder-name %s",
+        *[shlex.quote(str(store_path))] * 2,
+    )
 
 
 def _check_emptied(entries: Sequence[str], bad: Sequence[tuple[str, str]]) -> None:

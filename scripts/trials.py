@@ -41,6 +41,7 @@ from utils import (
     EXIT_BUDGET,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_NOT_COPIED,
     EXIT_USER_ERROR,
     RECIPES,
     RESULT_SETTINGS,
@@ -62,6 +63,7 @@ TRAINER = Path(__file__).parent.parent / "trainer.py"
 # Settings that a trial chooses itself; and a plan says what the learning rate is.
 OURS = {"name", "seed", "runs_folder", "max_lr_from_finder"}
 # Runs in which one of these differs are not of the same variant.
+FINISHED = (0, EXIT_NOT_COPIED)  # the second without all that belongs into its mirror
 OF_A_VARIANT = (RESULT_SETTINGS | {"train_folder_name", "val_folder_name"}) - OURS
 
 
@@ -217,7 +219,7 @@ def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str
     line: dict[str, Any] = {
         "variant": variant,
         "seed": seed,
-        "ended": "finished" if exit_code == 0 else f"failed with exit code {exit_code}",
+        "ended": "finished" if exit_code in FINISHED else f"failed with exit code {exit_code}",
         "epochs": len(rows),
         "settings": differing,
     }
@@ -240,7 +242,7 @@ def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; raises UserError if it is damaged."""
-    return read_metrics(path) if path.exists() else []
+    return read_metrics(path, "mend or remove the line that is no JSON") if path.exists() else []
 
 
 @contextlib.contextmanager
@@ -306,7 +308,7 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
                 lines = [*read_log(log_path), line]
                 content = "".join(json.dumps(one) + "\n" for one in lines)
                 write_atomically(log_path, content.encode())
-        failed = failed or exit_code != 0
+        failed = failed or exit_code not in FINISHED
         if is_asked:
             return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else 0

@@ -29,6 +29,18 @@ def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
+def alike(groups: list[list[float]]) -> list[list[float]]:
+    """The groups without those that spread far more than the others do, by an F test at 0.1 %."""
+    spread = sorted((group for group in groups if len(group) > 1), key=statistics.variance)
+    while len(spread) > 1:
+        others, freedom = pooled_deviation(spread[:-1])
+        ratio = statistics.variance(spread[-1]) / others**2 if others else 0.0
+        if stats.f.sf(ratio, len(spread[-1]) - 1, freedom) > 0.001:
+            break
+        spread.pop()
+    return spread
+
+
 def table(
     title: str, names: list[str], lines: list[dict[str, Any]], goals: Sequence[float] = ()
 ) -> str:
@@ -62,10 +74,12 @@ def table(
             # Other variants' seeds may part by more, or by less: they stand in only where needed.
             pair = [group, results[names[0]]]
             own = min(map(len, pair)) > 1
-            deviation, freedom = pooled_deviation(pair if own else [*results.values()])
+            deviation, freedom = pooled_deviation(pair if own else alike([*results.values()]))
             if freedom:
                 reach = stats.t.ppf(0.975, freedom) * deviation
                 against += f" ± {reach * math.sqrt(sum(1 / len(one) for one in pair)):.2f}"
+        commits = {line["commit"][:7] for line in runs if "commit" in line}
+        several = f", commits {' '.join(sorted(commits))}" * (len(commits) > 1)
         seconds = statistics.fmean(line["train_s"] for line in runs)
         rate = sum(line["train_images"] for line in runs) / sum(line["train_s"] for line in runs)
         epochs = "/".join(sorted({str(line["epochs"]) for line in runs}))
@@ -73,7 +87,7 @@ def table(
             f"| {name} | {mean:.2f} %{spread} | {len(group)}"
             + f", {failures} failed" * bool(failures)
             + f" | {', '.join(f'{value:.2f}' for value in group)} | {against} | {epochs} "
-            f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs, lines)} |"
+            f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs, lines)}{several} |"
         )
     parts += ["", _statement(results, lines), ""]
     if goals:
@@ -130,7 +144,9 @@ def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str
 
 def _statement(results: dict[str, list[float]], lines: list[dict[str, Any]]) -> str:
     """What the spread can tell apart, and what the number of validation images adds."""
-    deviation, freedom = pooled_deviation([*results.values()])
+    groups = alike([*results.values()])
+    deviation, freedom = pooled_deviation(groups)
+    wide = [name for name, group in results.items() if len(group) > 1 and group not in groups]
     images = next((line["images"] for line in lines if "images" in line), 0)
     finished = [value for group in results.values() for value in group]
     if not finished:
@@ -147,7 +163,10 @@ def _statement(results: dict[str, list[float]], lines: list[dict[str, Any]]) -> 
     least = stats.t.ppf(0.975, freedom) * deviation * math.sqrt(2 / fewest)
     return (
         f"Seeds part by {deviation:.2f} points (standard deviation within variants, {freedom} "
-        f"degree{'s' * (freedom > 1)} of freedom). Between variants of {fewest} "
+        f"degree{'s' * (freedom > 1)} of freedom"
+        + f"; without {', '.join(wide)}, which part by far more"
+        * bool(wide)
+        + f"). Between variants of {fewest} "
         f"run{'s' * (fewest > 1)} each, differences below {least:.2f} points cannot be told from "
         "chance (95 %, one comparison at a time). The interval beside a difference is that of the "
         "two variants' own spread, where each has two runs or more, else of that of all. "

@@ -305,11 +305,11 @@ def class_with_a_text(images: Path) -> None:
 FOLDERS = {
     "no training folder": (
         remove("train"),
-        ["no folder", "images/train:", "prepare_data.py digits", "--train-folder-name"],
+        ["no folder", "images/train:", "prepare_data.py imagenet DIR", "--train-folder-name"],
     ),
     "no validation folder": (
         remove("val"),
-        ["no folder", "images/val:", "prepare_data.py imagenette", "--val-folder-name"],
+        ["no folder", "images/val:", "`digits data/digits`", "--val-folder-name"],
     ),
     "no class folders": (
         remove("train/class_0", "train/class_1", "train/class_2"),

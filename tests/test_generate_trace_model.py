@@ -65,7 +65,7 @@ def test_the_command_prints_and_writes_what_the_readme_says(runs: Path, tmp_path
     done = export(runs, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # TorchScript's deprecation is the README's to tell
-    assert "exporting the most recent run: tiny" in done.stdout
+    assert "exporting the most recent run: tiny, which is not finished\n" in done.stdout
     assert "DeploymentConfig(name='', " in done.stdout
     assert "Tracing model on device: cpu" in done.stdout
     assert "graph(%self.1 : __torch__.model.ResNet50Wrapper" in done.stdout

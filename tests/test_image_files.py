@@ -309,7 +309,7 @@ def test_images_are_listed_by_class_then_name(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prepare_data\.py digits .*--train-folder-name"):
+    with pytest.raises(UserError, match=r"prepare_data\.py imagenet DIR.*--train-folder-name"):
         image_files.open_image_set(str(tmp_path / "missing"), "train")
     with pytest.raises(UserError, match=f"{tmp_path} has no class folders"):
         write_set(tmp_path, {"picture.jpg": b"", ".hidden/picture.jpg": b""})

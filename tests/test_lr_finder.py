@@ -3,6 +3,10 @@
 import itertools
 import json
 import math
+import random
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,8 @@ from conftest import make_images, run_stage_command
 from PIL import Image
 
 import lr_finder
-from utils import UserError
+from trainer import TrainerOptions
+from utils import UserError, parse_options
 
 
 def valley(rates: list[float]) -> list[float]:
@@ -23,8 +28,8 @@ RATES = [1e-4 * 10 ** (5 * step / 199) for step in range(200)]
 
 def test_the_suggestion_is_where_the_loss_is_lowest() -> None:
     losses = valley(RATES)
-    assert lr_finder.suggest(RATES, losses) == RATES[losses.index(min(losses))]
-    assert 0.12 < lr_finder.suggest(RATES, losses) < 0.16
+    assert lr_finder.suggest(RATES, losses, losses) == RATES[losses.index(min(losses))]
+    assert 0.12 < lr_finder.suggest(RATES, losses, losses) < 0.16
 
 
 def test_the_test_ends_once_the_loss_has_risen_by_half_of_its_fall() -> None:
@@ -42,7 +47,41 @@ def test_the_test_ends_once_the_loss_has_risen_by_half_of_its_fall() -> None:
 @pytest.mark.parametrize("losses", [[2.3] * 200, [2.3 + rate for rate in RATES]])
 def test_a_loss_that_never_falls_gives_no_suggestion(losses: list[float]) -> None:
     with pytest.raises(UserError, match="does not fall"):
-        lr_finder.suggest(RATES, losses)
+        lr_finder.suggest(RATES, losses, losses)
+
+
+def smooth(losses: list[float]) -> list[float]:
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        average = 0.9 * average + 0.1 * loss
+        smoothed.append(average / (1 - 0.9**step))
+    return smoothed
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.1, 0.2])
+def test_noise_gives_no_suggestion(deviation: float) -> None:
+    refused = 0
+    for seed in range(100):
+        losses = random.Random(seed)
+        noise = [2.3 + losses.gauss(0, deviation) for _ in range(100)]
+        try:
+            lr_finder.suggest(RATES[::2], noise, smooth(noise))
+        except UserError:
+            refused += 1
+    assert refused >= 95
+
+
+def test_noise_does_not_hide_a_fall() -> None:
+    draw = random.Random(0)
+    losses = [loss + draw.gauss(0, 0.1) for loss in valley(RATES)]
+    assert 0.05 < lr_finder.suggest(RATES, losses, smooth(losses)) < 0.5
+
+
+def test_a_range_that_ends_too_early_gives_no_suggestion() -> None:
+    end = next(step for step, rate in enumerate(RATES) if rate > 0.03)
+    losses = valley(RATES)[:end]
+    with pytest.raises(UserError, match=r"still falls at 0[.]029: try a higher --last-lr"):
+        lr_finder.suggest(RATES[:end], losses, losses)
 
 
 def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -> None:
@@ -53,6 +92,7 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
         *("--val-folder-name", str(tmp_path / "images/val")),
         *("--train-px", "32", "--val-px", "32", "--val-resize-px", "32", "--batch-size", "16"),
         *("--epochs", "1", "--precision", "fp32", "--workers", "2", "--flip", "--seed", "1"),
+        "--zero-init-residual",  # so that the loss falls by more than its noise
     ]
     folder = tmp_path / "runs/run"
     refused = run_stage_command("lr_finder.py", *settings, "--micro-batch-size", "1")
@@ -75,6 +115,13 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
     assert f"suggested max_lr: {curve['suggested_max_lr']:.3g}" in found.stdout
     with Image.open(folder / "lr_finder.png") as picture:
         assert picture.size == (1350, 825)
+    # What it says is all that the trainer has to be told.
+    (said,) = re.findall(r"train with it: python3 trainer.py (.*)\n", found.stdout)
+    *words, last = shlex.split(said)
+    typed = [str(one) for one in settings]
+    told, meant = (parse_options(TrainerOptions, arguments=each) for each in (words, typed))
+    assert told == meant
+    assert last == "--max-lr-from-finder"
 
     # The first loss is that of the trainer's own first step: the same model, batch and crops.
     trained = run_stage_command(
@@ -85,6 +132,14 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
     assert f"loss {losses[0]:.2f}" in first
     config = json.loads((folder / "config.json").read_text())["config"]
     assert config["max_lr"] == curve["suggested_max_lr"]
+
+    # A rate that was found for other settings is not taken.
+    folder.with_name("other").mkdir()
+    shutil.copy(folder / "lr_finder.json", folder.with_name("other"))
+    other = [*settings, "--name", "other", "--max-lr-from-finder", "--batch-size", "7"]
+    refused = run_stage_command("trainer.py", *other)
+    assert refused.returncode == 2
+    assert "lr_finder.json is of batch_size 16 instead of 7" in refused.stderr
 
     weights = (folder / "last.pt").read_bytes()
     again = run_stage_command("lr_finder.py", *settings, "--steps", "40", "--last-lr", "100")
@@ -101,7 +156,9 @@ def test_crops_that_grow_are_tested_at_their_first_size(tmp_path: Path) -> None:
         *("--val-folder-name", tmp_path / "images/val", "--batch-size", 16, "--workers", 1),
         *("--first-train-px", 32, "--train-px", 64, "--epochs", 2, "--precision", "fp32"),
         *("--px-ramp-start", 0, "--px-ramp-end", 1, "--steps", 40, "--last-lr", 100, "--seed", 1),
+        "--zero-init-residual",
     )
     assert found.returncode == 0, found.stderr
     assert "the first epoch's 32 px" in found.stdout
-    assert json.loads((tmp_path / "runs/run/lr_finder.json").read_text())["train_px"] == 32
+    curve = json.loads((tmp_path / "runs/run/lr_finder.json").read_text())
+    assert curve["settings"]["train_px"] == 32

@@ -32,6 +32,11 @@ def test_prints_the_table_of_layers(
     assert f"\nTrainable params: {parameters}\n" in done.stdout
 
 
+def test_a_picture_without_pixels_is_refused() -> None:
+    done = run_stage_command("model.py", "--side-px", 0)
+    assert (done.returncode, done.stderr) == (2, "error: side_px is 0: it must be 1 or more\n")
+
+
 def test_its_weights_are_torchvisions(tmp_path: Path) -> None:
     ours = ResNet50Wrapper().eval()
     torch.save(ours.model.state_dict(), tmp_path / "weights.pt")

@@ -134,6 +134,8 @@ def test_kaggles_imagenet_is_packed_from(name: str, tmp_path: Path) -> None:
     assert f"{path}: 6 pictures in 2 classes, {size:,} bytes, 2 re-encoded, 0 left out" in table
     assert f"SHA-256 {sha256(path)}, also in {path}.sha256" in table
     assert (tmp_path / "store.sha256").read_text() == f"{sha256(path)}  store\n"
+    say = f"train on it: python3 trainer.py --train-folder-name {path} --val-folder-name {path}\n"
+    assert done.stdout.endswith(say)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import re
 import resource
 import subprocess
@@ -39,7 +40,7 @@ import checkpoint
 import image_files
 import mirror
 import preflight
-from utils import Config
+from utils import Config, UserError
 
 Settings = dict[str, object]
 
@@ -323,6 +324,29 @@ def test_what_driver_and_pytorch_see(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert level == "PROBLEM"
     assert "driver (550.54) sees NVIDIA H100 80GB HBM3, PyTorch does not (" in text
     assert preflight.check_gpu(Config(device="cpu"), CPU).level == "ok"
+    # Training does not begin on the CPU of such a machine, unless that is asked for.
+    with pytest.raises(UserError, match=r"sees NVIDIA H100 80GB HBM3, .* --device cpu says that"):
+        preflight.refuse_lost_gpu(Config(), CPU)
+    preflight.refuse_lost_gpu(Config(device="cpu"), CPU)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    preflight.refuse_lost_gpu(Config(), CPU)
+
+
+@pytest.mark.parametrize("stage", ["trainer.py", "lr_finder.py"])
+def test_a_gpu_that_pytorch_does_not_see_is_not_paid_for(stage: str, tmp_path: Path) -> None:
+    stand_in(tmp_path, "echo NVIDIA A10G, 535.183.01")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / stage, "--runs-folder", tmp_path / "runs"],
+        env={
+            **{k: v for k, v in COMMAND_ENVIRONMENT.items() if k != "CUDA_VISIBLE_DEVICES"},
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the driver (535.183.01) sees NVIDIA A10G, PyTorch does")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import trials
 import trials_table
 
-from utils import RECIPES, UserError, commit
+from utils import EXIT_NOT_COPIED, RECIPES, UserError, commit
 
 COMMITTED = sorted(
     log.with_suffix(".toml") for log in (REPOSITORY / "benchmarks/trials").glob("*.jsonl")
@@ -272,6 +272,13 @@ def test_a_trainer_that_the_system_kills_has_not_failed(
     assert run_here("raise AssertionError('not again')\n") == 1  # a failure stays one
 
 
+def test_a_run_whose_mirror_lacks_something_is_finished(
+    run_here: Callable[[str], int], tmp_path: Path
+) -> None:
+    assert run_here(f"raise SystemExit({EXIT_NOT_COPIED})\n") == 0
+    assert [line["ended"] for line in read(tmp_path)] == ["finished"] * 2
+
+
 def test_trials_that_share_a_plan_lose_no_line(
     run_here: Callable[[str], int], tmp_path: Path
 ) -> None:
@@ -324,6 +331,9 @@ def test_an_empty_line_where_one_was_removed_is_no_damage(tmp_path: Path) -> Non
     log = tmp_path / "plan.jsonl"
     log.write_text("\n".join([json.dumps(a_line("a", 700)), "", json.dumps(a_line("b", 710)), ""]))
     assert trials.read_log(log) == [a_line("a", 700), a_line("b", 710)]
+    log.write_text(json.dumps(a_line("a", 700)) + "\n" + json.dumps(a_line("b", 710))[:20])
+    with pytest.raises(UserError, match=r"plan.jsonl is damaged: mend or remove the line that"):
+        trials.read_log(log)
 
 
 def a_line(variant: str, correct1: int, **settings: float) -> dict:
@@ -358,12 +368,13 @@ def test_the_tables_figures_are_those_of_scipy() -> None:
     )
     assert "| 50 s | 100 | max_lr 0.1 |" in text
     assert "| c | none finished, 0 failed | 0 |" in text
-    # All together: the degrees of freedom are 2, 2, 1 and 0.
-    deviation = math.sqrt((2 * a.var(ddof=1) + 2 * b.var(ddof=1) + wild.var(ddof=1)) / 5)
-    reach = stats.t.ppf(0.975, 5) * deviation
+    # All together, but the one that parts by far more: the degrees of freedom are 2, 2 and 0.
+    deviation = math.sqrt((2 * a.var(ddof=1) + 2 * b.var(ddof=1)) / 4)
+    reach = stats.t.ppf(0.975, 4) * deviation
     assert f"| {single[0] - a.mean():+.2f} ± {reach * math.sqrt(1 / 3 + 1):.2f} |" in text
     least = reach * math.sqrt(2)  # of single runs
     assert f"Seeds part by {deviation:.2f} points" in text
+    assert "4 degrees of freedom; without wild, which part by far more)" in text
     assert f"differences below {least:.2f} points cannot be told from chance" in text
     share = statistics.fmean([*a, *b, *wild, *single]) / 100
     assert f"uncertain by {100 * math.sqrt(share * (1 - share) / 1000):.2f} points" in text

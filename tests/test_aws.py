@@ -421,6 +421,7 @@ def refused(environment: dict[str, str], *arguments: str) -> str:
 def test_what_is_missing_is_said_with_what_to_do(
     emulator: Emulator, environment: dict[str, str], tmp_path: Path
 ) -> None:
+    assert "scripts/aws/cloud.py --help lists" in refused(environment, "launch", "--marketz")
     without = {k: v for k, v in environment.items() if not k.startswith("AWS_ACCESS")}
     assert "no AWS credentials" in refused(without, "prices")
     assert "aws configure" in refused(without, "prices")
@@ -536,6 +537,14 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
     assert "Tags" not in successor
     said = cloud(environment, "launch", "--yes").stdout
     assert f"there is an instance already: {successor['InstanceId']}" in said
+    # What it is cannot be changed, and is not passed over in silence.
+    for option, asked, has in (
+        ("--instance-type", "g5.2xlarge", "g5.xlarge"),
+        ("--market", "on-demand", "spot"),
+    ):
+        said = refused(environment, "launch", "--yes", option, asked)
+        name = option.removeprefix("--").replace("-", "_")
+        assert f"an instance with {name} {has} (" in said and f"not {name} {asked}: to" in said
     assert len(emulator.calls("RunInstances")) == 1
 
     # While EC2 has no capacity for it, no second one is rented beside it.
@@ -713,6 +722,8 @@ def test_settings_come_from_the_file_the_environment_and_the_command_line(
         ("DATA_IOPS=1", "data_iops is 1: it must be 3,000 to 16,000"),
         ("MIRROR=/disk", "mirror is /disk: here it must be s3://bucket/prefix"),
         ("TRAINER_OPTIONS=--name 'a b'", "trainer_options must do without quotes"),
+        ("TRAINER_OPTIONS=--epochs 5 --bogus 1", "trainer_options: Unrecognized options: --bogus"),
+        ("TRAINER_OPTIONS=--epochs 0", "trainer_options: epochs is 0"),
         ("PROJECT=a b", "project is 'a b'"),
     ]:
         (tmp_path / "aws.env").write_text(line)

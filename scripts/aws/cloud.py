@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -416,7 +417,7 @@ def launch(options: Launch, aws: Aws) -> None:
             )
         wait_for_those_going(aws, settings, "train")
         instance = rent(options, aws)
-    elif not started_again(aws, instance):
+    elif refuse_another(settings, instance) or not started_again(options, aws, instance):
         return
     else:
         ensure_security_group(aws, settings)
@@ -475,7 +476,26 @@ def taken_by_ec2(aws: Aws, instance: dict[str, Any]) -> str:
     return "" if code == "instance-stopped-by-user" else code
 
 
-def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
+def refuse_another(settings: Settings, instance: dict[str, Any]) -> None:
+    """Refuse settings that an instance which is there cannot take on; raises UserError."""
+    there = {
+        "instance_type": instance["InstanceType"],
+        "market": "spot" if "InstanceLifecycle" in instance else "on-demand",
+        # EC2 gives the tags of what it has launched anew by itself to none of its successors.
+        "data_set": tag_of(instance, DATA_TAG) or settings.data_set,
+        "zone": instance["Placement"]["AvailabilityZone"] if settings.zone else "",
+    }
+    other = {key: value for key, value in there.items() if value != getattr(settings, key)}
+    if other:
+        asked = ", ".join(f"{key} {getattr(settings, key)}" for key in other)
+        has = ", ".join(f"{key} {value}" for key, value in other.items())
+        raise UserError(
+            f"there is an instance with {has} ({instance['InstanceId']}), not {asked}: to change "
+            "machines, tear-down --keep-snapshot --keep-runs, then launch; else set it as it is"
+        )
+
+
+def started_again(options: Options, aws: Aws, instance: dict[str, Any]) -> bool:
     """Whether an instance that was there runs now; starts it where a user had stopped it."""
     print(f"there is an instance already: {describe(instance)}, {instance['State']['Name']}")
     if instance["State"]["Name"] in ("pending", "running"):
@@ -488,6 +508,11 @@ def started_again(aws: Aws, instance: dict[str, Any]) -> bool:
             "is a mirror: tear-down --keep-snapshot, then launch; without one that loses the run"
         )
         return False
+    kind, zone = instance["InstanceType"], instance["Placement"]["AvailabilityZone"]
+    price = on_demand_price(kind, zone)
+    if "InstanceLifecycle" in instance:
+        price = spot_prices(aws, [kind]).get((kind, zone))
+    confirm(options, f"starts it again, at {f'${price:.4f} an hour' if price else 'its price'}")
     aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
     return True
 
@@ -620,7 +645,7 @@ def fetch(options: Fetch, aws: Aws) -> None:
         raise UserError("no training instance, so no runs to fetch from it: launch makes one")
     started = instance["State"]["Name"] in ("stopping", "stopped")
     ensure_security_group(aws, settings)
-    if started and not started_again(aws, instance):
+    if started and not started_again(options, aws, instance):
         raise UserError("the runs can be fetched once EC2 has started the instance again")
     try:
         machine = log_in(aws, settings, instance["InstanceId"])
@@ -747,6 +772,8 @@ COMMANDS = {
 def main() -> None:
     """Run one command."""
     options = parse_options(CloudOptions, __doc__).command
+    # So that what was begun for a command alone ends with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_settings(options.settings)
     COMMANDS[type(options)](options, Aws(options.settings.region, options.dry_run))
     if options.dry_run:

@@ -368,7 +368,7 @@ def run_instance(
                 "--security-group-ids", group,
                 "--metadata-options", "HttpTokens=required,HttpPutResponseHopLimit=2",
                 "--block-device-mappings", json.dumps(disks), *more,
-                *tags(settings, role, kinds),
+                *tags(settings, role, kinds, {DATA_TAG: settings.data_set}),
                 dry={
                     "Instances": [
                         {

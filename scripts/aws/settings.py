@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from utils import UserError
+from utils import ConfigOptions, UserError, check_config, parse_options
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FILE = REPOSITORY / "aws.env"
@@ -66,13 +66,19 @@ class Settings:
     )
     """SSM parameter with the newest image for preparing the data"""
     trainer_options: str = ""
-    """options of trainer.py, for example: --epochs 32 --first-train-px 128"""
+    """options of trainer.py, after an = on the command line: --trainer-options="--epochs 32"
+    """
     mirror: str = ""
     """s3://bucket/prefix for a copy of each checkpoint; the bucket has to be there"""
     budget_usd: float = 0.0
     """US dollars at which training stops with everything saved; 0: no budget"""
     when_done: Literal["stop", "keep"] = "stop"
     """what becomes of the instance ten minutes after training has ended"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trainer:
+    config: ConfigOptions
 
 
 def load_settings() -> Settings:
@@ -133,6 +139,13 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"project is {settings.project!r}: use up to 40 letters, digits and dashes")
     if set(settings.trainer_options) & set("'\"\\$`"):
         raise UserError("trainer_options must do without quotes, backslashes and dollars")
+    try:  # rather here than on the machine that is paid for
+        check_config(parse_options(_Trainer, arguments=settings.trainer_options.split()).config)
+    except UserError as error:
+        reason = str(error).partition(" (python3 ")[0]
+        raise UserError(
+            f"trainer_options: {reason} (python3 trainer.py --help lists them)"
+        ) from None
     if not 0 <= settings.budget_usd < float("inf"):
         raise UserError(f"budget_usd is {settings.budget_usd}: it must be 0 or more")
     if settings.mirror and not settings.mirror.startswith("s3://"):

@@ -23,7 +23,9 @@ fi
 # Between two starts without a stop it is there already. The trainer checks each picture it reads.
 if mountpoint -q $nvme && ! cmp -s "/mnt/data/$STORE.sha256" "$nvme/$STORE.sha256"; then
     echo "copying $STORE to $nvme"
-    if cp "/mnt/data/$STORE" "$nvme/$STORE" && cp "/mnt/data/$STORE.sha256" $nvme; then
+    if [ ! -e "/mnt/data/$STORE" ]; then
+        echo "there is no $STORE on the volume with the data"
+    elif cp "/mnt/data/$STORE" "$nvme/$STORE" && cp "/mnt/data/$STORE.sha256" $nvme; then
         echo "copied"
     else
         echo "no room there: training reads the volume"

@@ -20,6 +20,7 @@ import datetime
 import itertools
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -327,12 +328,14 @@ def from_main(function: Callable[..., Value], *arguments: Any, **options: Any) -
 
 def check_same(**values: Any) -> None:
     """Raise UserError in a process for which a value is another than the main process's."""
-    for name, expected in from_main(lambda: values).items():
-        if values[name] != expected:
-            raise UserError(
-                f"{name} of {socket.gethostname()} is not that of the main process's machine: "
-                "give both the same"
-            )
+    of_main = from_main(lambda: values)
+    with agreed():
+        for name, expected in of_main.items():
+            if values[name] != expected:
+                raise UserError(
+                    f"{name} of {socket.gethostname()} is not that of the main process's machine: "
+                    "give both the same"
+                )
 
 
 # ------------------------------------------------------------------------------ how they end
@@ -341,7 +344,7 @@ def check_same(**values: Any) -> None:
 def wait_for_all() -> None:
     """Return once all processes are here, however long one of them works on its own."""
     if processes() > 1:
-        dist.monitored_barrier(_patient_hosts)
+        dist.monitored_barrier(_patient_hosts, datetime.timedelta(seconds=LONG_WAIT_S))
 
 
 @contextlib.contextmanager
@@ -355,7 +358,13 @@ def agreed() -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         failure = error
-    wait_for_all()
+    try:
+        wait_for_all()
+    except RuntimeError as error:
+        if failure is not None:
+            raise failure from None
+        refuse_lost(error)
+        raise
     raise_in_all(failure)
 
 
@@ -386,7 +395,9 @@ def raise_in_all(failure: BaseException | None) -> None:
 
 def refuse_lost(error: RuntimeError) -> None:
     """Raise UserError if an error says that another process has ended, or does not answer."""
-    if processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    if processes() > 1 and (
+        isinstance(error, dist.DistError) or re.search("gloo|monitoredBarrier", str(error))
+    ):
         raise UserError(
             "another process of this run has ended, or does not answer: its own words, or "
             "torchrun's, say why; the same command goes on from the last checkpoint",

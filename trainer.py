@@ -398,7 +398,12 @@ def report(
         try:
             return load_weights(folder / "best.pt", len(val_set.classes))
         except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"{error}: the last evaluation needs it", EXIT_FAILED) from None
+            reason = "it is not there" if isinstance(error, FileNotFoundError) else error
+            raise UserError(
+                f"the last evaluation needs {folder / 'best.pt'} ({reason}): bring back a copy and "
+                "give the same command again; evaluate.py --model takes last.pt",
+                EXIT_FAILED,
+            ) from None
 
     model = distributed.from_main(load)
     model = model.to(run.device, memory_format=torch.channels_last)
@@ -574,11 +579,14 @@ def main() -> None:
     with distributed.agreed():
         train, val = train_set.fingerprint(), val_set.fingerprint()
         images = {"train": train, "val": val, "skipped": skipped}
+    # Before the model, which each would wait for the others to build.
+    distributed.check_same(images=images, precision=engine.choose_precision(config, device))
+    with distributed.agreed():
         if state is not None and not options.dry_run:
             checkpoint.check_images(state, images)
         distributed.check_shares(config, len(train_set))
+    with distributed.agreed():
         run = engine.new_run(config, len(train_set.classes))
-    distributed.check_same(images=images, precision=run.precision)
     hardware = preflight.describe_hardware(run.device, run.precision)
     if options.dry_run:
         preflight.describe_run(config, hardware, train_set, val_set, skipped)
@@ -619,11 +627,14 @@ def main() -> None:
             train_epochs(run, config, folder, train_set, val_set, keeper.save, keeper.heed)
             run.model.eval()
             report(run, config, folder, val_set, keeper.heed)
+            with distributed.agreed():
+                saver.wait()
             last_copies_s = mirror.FINISHED_S
             session.ending = sessions.FINISHED
         except Interrupted:
-            keeper.save()
-            saver.wait()
+            with distributed.agreed():
+                keeper.save()
+                saver.wait()
             last_copies_s = mirror.INTERRUPTED_S if requests.stop else mirror.FINISHED_S
             exit_code = say_interrupted(run, config, requests, session)
         except UserError as error:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -325,6 +326,56 @@ def test_the_others_wait_for_the_main_process_beyond_their_usual_time(tmp_path: 
     done = end(start(2, script))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["heard 5"] * 2
+
+
+def test_what_is_not_the_main_processs_ends_all_in_one_line(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    """As where a second machine has other images, and so perhaps another network."""
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, engine, image_files, trainer, utils\n"
+        "def fail(*_):\n"
+        "    raise AssertionError('a network is built')\n"
+        "engine.new_run = fail\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    image_files.ImageSet.fingerprint = lambda _: 'another'\n"
+        "utils.run_stage(trainer.main)\n"
+    )
+    done = end(start(2, script, *as_options(settings)))
+    assert done.returncode != 0
+    (line,) = errors(done)
+    host = socket.gethostname()
+    assert line == (
+        f"error: process 1: images of {host} is not that of the main process's machine: give both "
+        "the same"
+    )
+    assert f'File "{script}"' not in done.stderr  # as in a traceback
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_no_finished_run(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    """The disk is full once the result is there, and slow to say so."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import time, checkpoint, trainer, utils\n"
+        "def save(folder, state):\n"
+        "    while not (folder.parent / 'result.json').exists():\n"
+        "        time.sleep(0.05)\n"
+        "    raise OSError(28, 'No space left on device', str(folder))\n"
+        "checkpoint.save = save\n"
+        "utils.run_stage(trainer.main)\n"
+    )
+    once = {**settings, "epochs": 1, "checkpoint_minutes": 1000}
+    done = end(start(2, script, *as_options(once)))
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert "No space left on device" in line
+    assert f'File "{script}"' not in done.stderr
+    folder = run_folder(settings)
+    session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
+    assert session["ended"] != "finished" and (folder / "result.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def from_main(function: Callable[..., Value], *arguments: Any, **options: Any) -
 
 
 def check_same(**values: Any) -> None:
-    """Raise UserError in a process for which a value is another than the main process's."""
+    """Raise UserError in all processes if a value of one is another than the main process's."""
     of_main = from_main(lambda: values)
     with agreed():
         for name, expected in of_main.items():

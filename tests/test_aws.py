@@ -532,6 +532,8 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
     for _ in range(2):  # the second goes on with what the first has rented
         assert "VolumeLimitExceeded" in refused(environment, "launch", "--yes")
     (first,) = running()
+    said = refused(environment, "launch", "--yes", "--data-set", "imagenet-100k")
+    assert f"data_set imagenette ({first['InstanceId']}), not data_set imagenet-100k: to" in said
     ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
     (successor,) = running()
     assert "Tags" not in successor

@@ -45,6 +45,7 @@ from utils import EXIT_INTERRUPTED, UserError, format_duration, log
 
 CLI_VERSION = (2, 2, 4)  # the first that knows whether a half-finished file is of the same archive
 BETTER_VERSION = (2, 2, 5)  # the first that keeps it when the server fails while it goes on
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 MARKER = ".kaggle-partial"
 TOKEN_PAGE = "https://www.kaggle.com/settings/api"
 POLL_S = 0.5
@@ -219,20 +220,17 @@ def find_archive(archive: Archive, folder: Path) -> Path | None:
 
     Raises UserError if it is there but is no archive, or is cut short and cannot be continued.
     """
-    broken = None
     for path in sorted(folder.glob(f"{archive.slug}.*")):
-        if path.suffix == MARKER or _marker(path).exists() or not path.is_file():
-            continue
+        if not path.name.endswith(ARCHIVE_ENDINGS) or _marker(path).exists() or not path.is_file():
+            continue  # a marker, a checksum, or half an archive
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\3\4"
         with contextlib.suppress(EOFError):  # a tar.gz that is nearly empty
             # A zip's directory is at its end.
             if zipfile.is_zipfile(path) if is_zip else tarfile.is_tarfile(path):
                 return path
-        broken = broken or path
-    if broken is not None:
         raise UserError(
-            f"{broken} is broken or cut short: remove it, and the same command downloads it again"
+            f"{path} is broken or cut short: remove it, and the same command downloads it again"
         )
     return None
 

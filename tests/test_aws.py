@@ -533,6 +533,10 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
         assert "VolumeLimitExceeded" in refused(environment, "launch", "--yes")
     (first,) = running()
     said = refused(environment, "launch", "--yes", "--data-set", "imagenet-100k")
+    ec2.stop_instances(InstanceIds=[first["InstanceId"]])
+    assert "nobody is there to ask" in refused(environment, "launch")  # what starting it will cost
+    assert running() == [] and emulator.calls("StartInstances") == []
+    ec2.start_instances(InstanceIds=[first["InstanceId"]])
     assert f"data_set imagenette ({first['InstanceId']}), not data_set imagenet-100k: to" in said
     ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
     (successor,) = running()

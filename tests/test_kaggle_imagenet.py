@@ -723,6 +723,7 @@ def test_a_damaged_archive_is_refused(
     archive = folder / f"{SLUG}.zip"
     folder.mkdir(parents=True)
     archive.write_bytes(spoil(content))
+    archive.with_suffix(".sha256").write_text("its sum, which is no archive")
     line = error_line(prepare(kaggle, home, "imagenet", folder))
     assert told.replace("ARCHIVE", str(archive)) in line
     assert archive.exists() and not (folder / "imagenet.store").exists()

@@ -417,9 +417,10 @@ def launch(options: Launch, aws: Aws) -> None:
             )
         wait_for_those_going(aws, settings, "train")
         instance = rent(options, aws)
-    elif refuse_another(settings, instance) or not started_again(options, aws, instance):
-        return
     else:
+        refuse_another(settings, instance)
+        if not started_again(options, aws, instance):
+            return
         ensure_security_group(aws, settings)
         profile = ensure_profile(aws, settings)
         if profile and "IamInstanceProfile" not in instance:  # the mirror was set later
@@ -481,7 +482,7 @@ def refuse_another(settings: Settings, instance: dict[str, Any]) -> None:
     there = {
         "instance_type": instance["InstanceType"],
         "market": "spot" if "InstanceLifecycle" in instance else "on-demand",
-        # EC2 gives the tags of what it has launched anew by itself to none of its successors.
+        # What EC2 launches anew by itself bears no tags.
         "data_set": tag_of(instance, DATA_TAG) or settings.data_set,
         "zone": instance["Placement"]["AvailabilityZone"] if settings.zone else "",
     }

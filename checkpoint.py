@@ -162,13 +162,29 @@ def parse_name(name: str) -> tuple[int, int, str] | None:
     return match and (int(match[1]), int(match[2]), match[3])
 
 
+def write_weights(folder: Path, state: dict[str, Any]) -> None:
+    """Write a run's last.pt, and best.pt if they are its best, where an epoch has just ended.
+
+    Only once its checkpoint is on the disk: another attempt at an epoch may come out otherwise, and
+    the weights have to be those of the row that stays.
+    """
+    history = state["history"]
+    if not history or state["epoch_s"]:
+        return
+    content = encode(state["average"] or state["model"])
+    best = max(history, key=lambda row: row["val_top1"])  # the first of equals
+    for name in ("last.pt", "best.pt") if best is history[-1] else ("last.pt",):
+        write_atomically(folder / name, content)
+
+
 class BackgroundSaver:
     """Copies the state at once and writes it while training goes on, one checkpoint at a time.
 
-    Calls `on_saved` in its thread once a checkpoint is on the disk.
+    Keeps a run's weights too, by write_weights, and then calls `on_saved` in its thread.
     """
 
     def __init__(self, folder: Path, on_saved: Callable[[], None] = lambda: None) -> None:
+        """`folder`: the run's."""
         self.folder = folder
         self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -180,7 +196,8 @@ class BackgroundSaver:
         self._underway = self._thread.submit(self._save, _on_cpu(state, copy=True))
 
     def _save(self, state: dict[str, Any]) -> None:
-        save(self.folder, state)
+        save(self.folder / "checkpoints", state)
+        write_weights(self.folder, state)
         self._on_saved()
 
     def check(self) -> None:

@@ -64,7 +64,6 @@ from utils import (
     steps_per_epoch,
     total_epochs,
     train_px,
-    write_atomically,
     write_json,
     write_metrics,
 )
@@ -125,7 +124,7 @@ def train_epochs(
     """Train and validate the epochs that are left, each saved at its end."""
     while len(run.history) < total_epochs(config):
         train_epoch(run, config, train_set, heed)
-        finish_epoch(run, config, folder, val_set, heed)
+        finish_epoch(run, config, val_set, heed)
         save()
         distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
         if config.tensorboard:
@@ -196,13 +195,9 @@ class Progress:
 
 
 def finish_epoch(
-    run: engine.Run,
-    config: Config,
-    folder: Path,
-    val_set: image_files.ImageSet,
-    heed: distributed.Heed,
+    run: engine.Run, config: Config, val_set: image_files.ImageSet, heed: distributed.Heed
 ) -> None:
-    """Validate, add the epoch's row to the history and the screen, and keep its weights."""
+    """Validate, and add the epoch's row to the history and the screen."""
     totals = engine.totals_of_all(run.totals)
     train, trouble = engine.read_totals(totals, "train"), totals["trouble"].tolist()
     with distributed.agreed():
@@ -228,9 +223,6 @@ def finish_epoch(
         "img_per_s": train["train_images"] / run.epoch_s,
     }
     improved = row["val_top1"] > max((row["val_top1"] for row in run.history), default=-1.0)
-    weights = checkpoint.encode(run.kept.model.state_dict())
-    for name in ("last.pt", "best.pt") if improved else ("last.pt",):
-        distributed.in_main(write_atomically, folder / name, weights)
     run.history.append(row)
     run.elapsed_s += val_s
     run.epoch_s = 0.0
@@ -307,6 +299,7 @@ def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> C
 def resume(run: engine.Run, state: dict[str, Any], folder: Path) -> None:
     """Take a run to where its checkpoint was saved."""
     run.load(state)
+    distributed.in_main(checkpoint.write_weights, folder, state)  # if it was killed before that
     distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
     log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
     if state["precision"] != run.precision:
@@ -610,7 +603,7 @@ def main() -> None:
     session = in_main(sessions.Session, folder, config.price_per_hour, hardware, *stands)
     run.spent_usd = session.beat(*stands) or 0.0
     copies.copy()  # what the last start did not come to copy
-    saver = in_main(checkpoint.BackgroundSaver, folder / "checkpoints", copies.copy)
+    saver = in_main(checkpoint.BackgroundSaver, folder, copies.copy)
     identity = {"config": dataclasses.asdict(config), "images": images, "precision": run.precision}
     keeper = Keeper(run, config, identity, requests, session, saver)
 
@@ -626,9 +619,9 @@ def main() -> None:
         try:
             train_epochs(run, config, folder, train_set, val_set, keeper.save, keeper.heed)
             run.model.eval()
-            report(run, config, folder, val_set, keeper.heed)
             with distributed.agreed():
                 saver.wait()
+            report(run, config, folder, val_set, keeper.heed)
             last_copies_s = mirror.FINISHED_S
             session.ending = sessions.FINISHED
         except Interrupted:

@@ -92,7 +92,9 @@ def main() -> None:
             pauses_s.append(time.monotonic() - started)
             saver.wait()
             durable_s.append(time.monotonic() - started)
-        size_bytes = max(path.stat().st_size for path in Path(folder).glob("epochs-*.pt"))
+        size_bytes = max(
+            path.stat().st_size for path in Path(folder).glob("checkpoints/epochs-*.pt")
+        )
         tell("pause", pauses_s)
         tell("durable after", durable_s)
         for _ in range(options.pairs):

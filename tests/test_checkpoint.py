@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ def make_state(step: int, epochs: int = 0) -> dict:
     torch.manual_seed(step)
     return {
         "step": step,
-        "history": [{"epoch": epoch + 1} for epoch in range(epochs)],
+        "history": [{"epoch": epoch + 1, "val_top1": 50.0} for epoch in range(epochs)],
+        "epoch_s": 0.0,
+        "average": None,
         "model": {"weight": torch.randn(20, 30), "steps": torch.tensor(step)},
         "optimizer": {"state": {0: {"momentum_buffer": torch.randn(5)}}, "param_groups": [{}]},
     }
@@ -78,12 +81,51 @@ def test_background_saving_keeps_the_state_of_the_moment(tmp_path: Path) -> None
     saver.save(state)
     state["model"]["weight"].zero_()
     saver.wait()
-    assert same(checkpoint.load_latest(tmp_path), make_state(3))
+    assert same(checkpoint.load_latest(tmp_path / "checkpoints"), make_state(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]  # no epoch has ended
+
+
+def test_weights_are_those_of_the_row_that_a_checkpoint_keeps(tmp_path: Path) -> None:
+    """best.pt is the first of equally good ones, last.pt that of the last epoch that has ended."""
+    saver = checkpoint.BackgroundSaver(tmp_path)
+
+    def kept() -> tuple[float, ...]:
+        return tuple(
+            torch.load(tmp_path / name)["weight"].item() for name in ("best.pt", "last.pt")
+        )
+
+    history, seen = [], []
+    for number, top1 in enumerate((50.0, 70.0, 70.0, 60.0)):
+        history.append({"epoch": number + 1, "val_top1": top1})
+        ended = {
+            **make_state(number),
+            "history": history,
+            "model": {"weight": torch.tensor(number)},
+        }
+        saver.save(ended)
+        saver.wait()
+        seen.append(kept())
+        saver.save({**ended, "epoch_s": 0.1, "model": {"weight": torch.tensor(-1)}})
+        saver.wait()
+        assert kept() == seen[-1]  # in the midst of an epoch there are none to keep
+    assert seen == [(0, 0), (1, 1), (1, 2), (1, 3)]
+    history.append({"epoch": 5, "val_top1": 80.0})
+    saver.save({**ended, "history": history, "average": {"weight": torch.tensor(9)}})
+    saver.wait()
+    assert kept() == (9, 9)
+
+    # Where the checkpoint cannot be saved, the epoch will be trained again.
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").touch()
+    saver.save({**ended, "history": [*history, {"epoch": 6, "val_top1": 90.0}]})
+    with pytest.raises(NotADirectoryError):
+        saver.wait()
+    assert kept() == (9, 9)
 
 
 def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    saver = checkpoint.BackgroundSaver(tmp_path / "file")
+    (tmp_path / "checkpoints").touch()
+    saver = checkpoint.BackgroundSaver(tmp_path)
     saver.save(make_state(1))
     with pytest.raises(NotADirectoryError):
         saver.save(make_state(2))

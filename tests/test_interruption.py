@@ -631,7 +631,7 @@ def test_a_state_that_is_saved_in_a_validation_is_like_any_other(tmp_path: Path)
     with torch.inference_mode():
         saver.save(state)
         saver.wait()
-    loaded = checkpoint.load_latest(tmp_path)["weight"]
+    loaded = checkpoint.load_latest(tmp_path / "checkpoints")["weight"]
     assert torch.equal(loaded, state["weight"])
     assert not loaded.is_inference()
 

@@ -325,7 +325,7 @@ def test_a_slow_network_gets_the_newest_and_no_queue(
     folder: Path, bucket: Bucket, proxy: Proxy
 ) -> None:
     copies = mirror.start(bucket.url, folder)
-    saver = checkpoint.BackgroundSaver(folder / "checkpoints", copies.copy)
+    saver = checkpoint.BackgroundSaver(folder, copies.copy)
     write_atomically(folder / "config.json", b"{}\n")
     proxy.fault = "slow"
     started = time.monotonic()

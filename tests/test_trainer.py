@@ -280,6 +280,20 @@ def test_signals_again_and_again_change_nothing(
     assert outcome(stopped) == outcome(undisturbed)
 
 
+def test_a_kill_between_a_checkpoint_and_its_weights_loses_none(
+    settings: dict[str, object], undisturbed: dict[str, object]
+) -> None:
+    """What they were before stands there, as of another attempt at the last epoch."""
+    killed = {**settings, "name": "killed"}
+    folder = shutil.copytree(run_folder(undisturbed), run_folder(killed))
+    rows = checkpoint.load_latest(folder / "checkpoints")["history"]
+    best_is_last = rows[-1]["val_top1"] > rows[0]["val_top1"]
+    for name in ("result.json", "last.pt", *["best.pt"] * best_is_last):
+        (folder / name).unlink()
+    train(killed)
+    assert outcome(killed) == outcome(undisturbed)
+
+
 def growing(settings: dict[str, object]) -> dict[str, object]:
     """Three epochs of three steps at 32, 64 and 96 px."""
     ramp = {"px_ramp_start": 0.0, "px_ramp_end": 1.0}

@@ -127,7 +127,10 @@ def read_curves(folder: Path) -> Curves:
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object")
         for field in FIELDS:
-            if not isinstance(row.get(field), int | float):
+            value = row.get(field)
+            is_number = isinstance(value, int | float)
+            # Only a loss can be beyond all numbers, or none.
+            if not is_number or not (math.isfinite(value) or field.endswith("loss")):
                 raise UserError(f"{path}, line {number}: {field} is missing or not a number")
         rows.append([row[field] for field in FIELDS])
     return dict(zip(FIELDS, zip(*rows, strict=True), strict=True))
@@ -158,7 +161,10 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
             panels[quantity].plot(curves["epoch"], curves[f"train_{quantity}"], **train_style)
             panels[quantity].plot(curves["epoch"], curves[f"val_{quantity}"], **val_style)
             mark_best(panels[quantity], curves, quantity, val_style)
-    clip_loss(panels["loss"], [(curves, val_style["color"]) for _, curves, _, val_style in shown])
+    clip_loss(
+        panels["loss"],
+        [(curves, train["color"], validation["color"]) for _, curves, train, validation in shown],
+    )
 
     last_epoch = max(curves["epoch"][-1] for _, curves, _, _ in shown)
     pad = min(0.5 + last_epoch / 100, 0.9)  # below 1: there is no epoch 0
@@ -204,32 +210,37 @@ def mark_best(panel: Axes, curves: Curves, quantity: str, style: dict[str, Any])
         panel.plot(epoch, value, label=label, **{**style, **ring, "linestyle": "none"})
 
 
-def clip_loss(panel: Axes, shown: list[tuple[Curves, str]]) -> None:
+def clip_loss(panel: Axes, shown: list[tuple[Curves, str, str]]) -> None:
     """End the loss axis where the curves are; a triangle at its edge stands for a point above.
 
-    The validation loss of a first epoch can be ten times all others (the reference run's is 59.8).
-    So the training losses and the lower 90 % of the validation losses, of all runs, set the scale,
-    and what is above 1.5 times their highest is off it. The lines keep all their points; the
-    legend gives the highest value that is off the scale.
+    `shown`: curves, and the colours of training and validation. The validation loss of a first
+    epoch can be ten times all others (the reference run's is 59.8), and training that diverges a
+    million times. So the lower 90 % of the validation losses of all runs set the scale, and the
+    training losses up to twenty times their own lower 90 %; what is above 1.5 times the highest of
+    these is off it. The lines keep all their points; the legend gives the highest that is off the
+    scale.
     """
     points = [
-        (loss, epoch, colour)
-        for curves, colour in shown
-        for loss, epoch in zip(curves["val_loss"], curves["epoch"], strict=True)
+        (loss, epoch, colour, part)
+        for curves, *colours in shown
+        for part, colour in zip(("train", "val"), colours, strict=True)
+        for loss, epoch in zip(curves[f"{part}_loss"], curves["epoch"], strict=True)
         if not math.isnan(loss)
     ]
     points.sort()
-    lower = [loss for loss, _, _ in points[: int(0.9 * (len(points) - 1)) + 1]]
-    training = [loss for curves, _ in shown for loss in curves["train_loss"]]
-    limit = 1.5 * max(filter(math.isfinite, lower + training), default=math.inf)
+    usual = []
+    for part, factor in (("train", 20), ("val", 1)):
+        losses = [point[0] for point in points if point[3] == part]
+        highest = losses[int(0.9 * (len(losses) - 1))] if losses else math.nan
+        usual += [loss for loss in losses if loss <= factor * highest]
+    limit = 1.5 * max(filter(math.isfinite, usual), default=math.inf)
     off_scale = [point for point in points if point[0] > limit]
     if off_scale:
-        on_scale = [loss for loss, _, _ in points] + training
-        top = 1.05 * max(loss for loss in on_scale if loss <= limit)
-        losses, epochs, colours = zip(*off_scale, strict=True)
-        label = f"off the scale: {losses[-1]:.1f} (epoch {epochs[-1]})"
+        top = 1.05 * max(point[0] for point in points if point[0] <= limit)
+        losses, epochs, colours, _ = zip(*off_scale, strict=True)
+        label = f"off the scale: {losses[-1]:,.1f} (epoch {epochs[-1]})"
         if len(losses) > 1:
-            label = f"off the scale: {len(losses)} points, up to {losses[-1]:.1f}"
+            label = f"off the scale: {len(losses)} points, up to {losses[-1]:,.1f}"
         panel.set_ylim(top=top)
         triangles = {"marker": "^", "s": 80, "clip_on": False, "zorder": 3}
         panel.scatter(epochs, [top] * len(epochs), c=colours, label=label, **triangles)

@@ -142,10 +142,20 @@ def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
     assert figure.get_suptitle() == "a: best top-1 75.29 %"
 
 
-@pytest.mark.parametrize(("outlier", "shown"), [(59.8, "59.8"), (math.inf, "inf")])
-def test_an_outlier_leaves_the_loss_readable(tmp_path: Path, outlier: float, shown: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "outlier", "shown"),
+    [
+        ("val_loss", 59.8, "59.8"),
+        ("val_loss", math.inf, "inf"),
+        ("train_loss", 1e6, "1,000,000.0"),
+        ("train_loss", math.inf, "inf"),
+    ],
+)
+def test_an_outlier_leaves_the_loss_readable(
+    tmp_path: Path, part: str, outlier: float, shown: str
+) -> None:
     rows = [make_row(epoch, train_loss=6.0 / epoch, val_loss=5.0 / epoch) for epoch in range(1, 7)]
-    rows[1]["val_loss"] = outlier
+    rows[1][part] = outlier
     rows[0]["val_loss"] = rows[3]["val_loss"] = math.nan
     figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
     loss = figure.axes[0]
@@ -153,6 +163,12 @@ def test_an_outlier_leaves_the_loss_readable(tmp_path: Path, outlier: float, sho
     texts = [text.get_text() for text in loss.get_legend().get_texts()]
     assert texts == ["lowest 0.83 (epoch 6)", f"off the scale: {shown} (epoch 2)"]
     figure.savefig(tmp_path / "picture.png")
+
+
+def test_a_training_loss_that_falls_fast_is_shown_whole(tmp_path: Path) -> None:
+    rows = [make_row(epoch, train_loss=7 * 0.2**epoch, val_loss=0.5) for epoch in range(8)]
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
+    assert figure.axes[0].get_ylim()[1] > 7
 
 
 def test_a_loss_that_grows_steadily_is_shown_whole(tmp_path: Path) -> None:
@@ -191,6 +207,7 @@ def test_a_single_epoch_leaves_a_mark(tmp_path: Path) -> None:
         ("[1, 2]\n", "{path}, line 1: not a JSON object"),
         ('{row}\n{"epoch": 2}\n', "{path}, line 2: train_loss is missing or not a number"),
         ('{"epoch": "1"}\n', "{path}, line 1: epoch is missing or not a number"),
+        ('{"epoch": NaN}\n', "{path}, line 1: epoch is missing or not a number"),
     ],
 )
 def test_a_bad_log_is_refused(tmp_path: Path, content: str | None, complaint: str) -> None:

@@ -282,7 +282,7 @@ def loss_curves(px: int, options: BenchmarkOptions, config: Config) -> dict[str,
     The first of each begin from the same weights, the others each from weights that are 0.1 % off
     those: a change far below what anyone would call another start. Where the two steps train alike,
     it says nothing of a curve whose it is, and the mean curves of ours and of the reference lie no
-    further apart than those of other halves of all curves.
+    further apart than those of other halves of all curves, with one of the first two in each.
     """
     classes = len(image_files.open_image_set(config.train_folder_name, "train").classes)
     run = engine.new_run(config, classes)
@@ -319,8 +319,10 @@ def loss_curves(px: int, options: BenchmarkOptions, config: Config) -> dict[str,
         others = [number for number in range(len(smoothed)) if number not in half]
         return (smoothed[list(half)].mean(0) - smoothed[others].mean(0)).abs()
 
-    # Each way to halve them once: the first curve's half, which comes first for ours itself.
-    rest = itertools.combinations(range(1, len(smoothed)), options.curves - 1)
+    # Each way to halve them once: the half of ours' first curve, which comes first for ours itself.
+    # The reference's first began from the same weights: no half may have both.
+    others = (number for number in range(1, len(smoothed)) if number != options.curves)
+    rest = itertools.combinations(others, options.curves - 1)
     parted = [apart((0, *half)) for half in rest]
     means = [difference.mean().item() for difference in parted]
     as_far = sum(mean >= means[0] for mean in means)

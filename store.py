@@ -87,8 +87,10 @@ class Store:
     def read(self, position: int) -> memoryview:
         """The encoded picture, as a view of the mapped file.
 
-        Raises ValueError if its bytes are not those that were packed.
+        Raises ValueError if its bytes are not those that were packed, and UserError if the file was
+        cut short meanwhile.
         """
+        self._refuse_cut()
         offset, size, crc, *_ = self.records.item(position)
         # Else every 4 kB of a picture that is not in memory would be a wait of its own.
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE
@@ -103,6 +105,7 @@ class Store:
 
     def read_ahead(self, positions: np.ndarray) -> None:
         """Have the kernel fetch pictures that will soon be read."""
+        self._refuse_cut()
         places = self.records[positions]
         offsets, sizes = places["offset"].tolist(), places["size"].tolist()
         with open(self.path, "rb", buffering=0) as file:
@@ -120,6 +123,14 @@ class Store:
                 end = -(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages alone go
                 self.mapping.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
                 os.posix_fadvise(file.fileno(), page, end - page, os.POSIX_FADV_DONTNEED)
+
+    def _refuse_cut(self) -> None:
+        """To touch what is mapped beyond the end of a file would end the process by SIGBUS."""
+        if self.mapping.size() < len(self.mapping):
+            raise UserError(
+                f"{self.path} was cut short while it was in use: {_AGAIN}; then give the same "
+                "command again"
+            )
 
     def entry(self, position: int) -> str:
         """Name of a picture in the ZIP: "train/class/name". Takes milliseconds: for messages."""

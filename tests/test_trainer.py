@@ -483,6 +483,36 @@ def test_a_damaged_picture_stops_training_until_the_store_is_mended(
     assert outcome(broken) == outcome(undisturbed)
 
 
+def test_a_store_that_is_cut_short_meanwhile_stops_the_run_with_one_line(
+    settings: dict[str, object], images: Path, tmp_path: Path
+) -> None:
+    """As by a copy over it, which begins with nothing."""
+    path = packed(images, tmp_path / "store")
+    cut = on_store(settings, path, "cut")
+    log = run_folder(cut) / "train.log"
+    process = quick_start.Popen(
+        [sys.executable, "trainer.py", *as_options({**cut, "epochs": 100, "log_interval_s": 1e-9})],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and "epoch 2/100  step 1/3" in log.read_text():
+                path.write_bytes(b"")
+                break
+            time.sleep(0.01)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    (line,) = errors.decode().splitlines()
+    assert line.startswith(f"error: {path} was cut short while it was in use: copy it again")
+    assert checkpoint.load_latest(run_folder(cut) / "checkpoints")["step"] >= 3
+
+
 def test_a_store_cut_short_is_refused(
     settings: dict[str, object], images: Path, tmp_path: Path
 ) -> None:

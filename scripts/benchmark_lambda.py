@@ -68,6 +68,8 @@ def install_client(folder: Path) -> None:
 def main() -> None:
     """Build, start, ask, print."""
     options = parse_options(LambdaOptions, __doc__)
+    if options.starts < 1 or options.pictures < 1:
+        raise UserError("starts and pictures must be 1 or more")
     python = shutil.which(options.python)
     if python is None:
         raise UserError(f"no {options.python}: name a Python 3.13 with --python")

@@ -26,7 +26,7 @@ import data
 import engine
 import image_files
 import preflight
-from utils import ConfigOptions, check_config, parse_options, run_stage, start_log
+from utils import ConfigOptions, UserError, check_config, parse_options, run_stage, start_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class BenchmarkOptions:
 def main() -> None:
     """Measure the pairs and print them."""
     options = parse_options(BenchmarkOptions, __doc__)
+    if options.blocks < 1 or options.block_steps < 1:
+        raise UserError("blocks and block_steps must be 1 or more")
     config = options.config
     check_config(config)
     start_log(None)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import packing
 
 from store import open_store
-from utils import describe_computer, parse_options, run_stage, versions
+from utils import UserError, describe_computer, parse_options, run_stage, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ class BenchmarkOptions:
 def main() -> None:
     """Measure the pairs and print them."""
     options = parse_options(BenchmarkOptions, __doc__)
+    if options.blocks < 1 or options.workers < 1:
+        raise UserError("blocks and workers must be 1 or more")
     source = packing.open_source(options.source)
     _, members = packing.list_pictures(source, None)
     contents = [read() for read in source.contents(members)]

@@ -73,6 +73,8 @@ def load(way: str, options: BenchmarkOptions) -> float:
 def main() -> None:
     """Train all runs, and compare."""
     options = parse_options(BenchmarkOptions, __doc__)
+    if options.seeds < 1:
+        raise UserError("seeds must be 1 or more")
     start_log(None)
     config = options.config
     keep_freed_memory()

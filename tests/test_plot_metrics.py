@@ -142,6 +142,16 @@ def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
     assert figure.get_suptitle() == "a: best top-1 75.29 %"
 
 
+def test_a_long_name_leaves_the_title_on_the_picture(tmp_path: Path) -> None:
+    name = "resnet50_imagenet_1k_accurate_" * 4
+    runs = {name: read_curves(make_run(tmp_path, name, [make_row(1, val_top1=12.5)]))}
+    figure = draw(runs, reference=False)
+    assert figure.get_suptitle() == f"{name[:59]}…: best top-1 12.50 %"
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert figure.bbox.xmin <= box.xmin < box.xmax <= figure.bbox.xmax
+
+
 @pytest.mark.parametrize(
     ("part", "outlier", "shown"),
     [

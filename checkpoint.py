@@ -41,7 +41,7 @@ _NAME = re.compile(rf"epochs-(\d{{3,}})-step-(\d{{8,}})-([0-9a-f]{{{HASH_DIGITS}
 def encode(state: Any) -> bytes:
     """A value as the bytes that torch.load reads; tensors of any device."""
     buffer = io.BytesIO()
-    torch.save(_on_cpu(state), buffer)  # a file with tensors of a GPU opens only where there is one
+    torch.save(on_cpu(state), buffer)  # a file with tensors of a GPU opens only where there is one
     return buffer.getvalue()
 
 
@@ -163,18 +163,18 @@ def parse_name(name: str) -> tuple[int, int, str] | None:
 
 
 def write_weights(folder: Path, state: dict[str, Any]) -> None:
-    """Write a run's last.pt, and best.pt if they are its best, where an epoch has just ended.
+    """Bring a run's best.pt, and where an epoch has just ended last.pt, to what a checkpoint says.
 
-    Only once its checkpoint is on the disk: another attempt at an epoch may come out otherwise, and
-    the weights have to be those of the row that stays.
+    Only once that is on the disk: another attempt at an epoch may come out otherwise, and the
+    weights have to be those of the row that stays.
     """
-    history = state["history"]
-    if not history or state["epoch_s"]:
-        return
-    content = encode(state["average"] or state["model"])
-    best = max(history, key=lambda row: row["val_top1"])  # the first of equals
-    for name in ("last.pt", "best.pt") if best is history[-1] else ("last.pt",):
-        write_atomically(folder / name, content)
+    weights = {"best.pt": state.get("best")}
+    if state["history"] and not state["epoch_s"]:
+        weights["last.pt"] = state["average"] or state["model"]
+    for name, tensors in weights.items():
+        content, path = tensors and encode(tensors), folder / name
+        if content and not (path.is_file() and path.read_bytes() == content):
+            write_atomically(path, content)
 
 
 class BackgroundSaver:
@@ -193,11 +193,12 @@ class BackgroundSaver:
     def save(self, state: dict[str, Any]) -> None:
         """Start to save; waits for the save before it and raises what that one ran into."""
         self.wait()
-        self._underway = self._thread.submit(self._save, _on_cpu(state, copy=True))
+        self._underway = self._thread.submit(self._save, on_cpu(state, copy=True))
 
     def _save(self, state: dict[str, Any]) -> None:
         save(self.folder / "checkpoints", state)
-        write_weights(self.folder, state)
+        if not state["epoch_s"]:  # within an epoch they stay what they were
+            write_weights(self.folder, state)
         self._on_saved()
 
     def check(self) -> None:
@@ -212,14 +213,14 @@ class BackgroundSaver:
             underway.result()
 
 
-def _on_cpu(value: Any, copy: bool = False) -> Any:
+def on_cpu(value: Any, copy: bool = False) -> Any:
     """The same nested dicts and lists with their tensors on the CPU, as copies if asked."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: _on_cpu(item, copy) for key, item in value.items()}
+        return {key: on_cpu(item, copy) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(item, copy) for item in value)
+        return type(value)(on_cpu(item, copy) for item in value)
     return value
 
 

@@ -69,6 +69,7 @@ class Run:
     compiled_batch_size: int = 0
     step: int = 0  # optimizer steps since the beginning
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
+    best: dict[str, torch.Tensor] | None = None  # weights of the best epoch so far, on the CPU
     epoch_s: float = 0.0  # seconds of training in the epoch under way
     elapsed_s: float = 0.0  # seconds of training and validation in all
     spent_usd: float = 0.0  # price of all starts so far
@@ -90,6 +91,7 @@ class Run:
             "totals": totals_of_all(self.totals),
             "step": self.step,
             "history": self.history,
+            "best": self.best,
             "epoch_s": self.epoch_s,
             "elapsed_s": self.elapsed_s,
         }
@@ -113,6 +115,7 @@ class Run:
                 self.totals[name].copy_(total)
         for name in ("step", "history", "epoch_s", "elapsed_s"):
             setattr(self, name, state[name])
+        self.best = state.get("best")  # which older versions did not keep
 
 
 def layout(optimizer: dict[str, Any]) -> list[tuple[bool, list[int]]]:

@@ -481,8 +481,8 @@ def available_memory() -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of weights, momentum and, where there is one, the average."""
-    return (3 if config.average_steps else 2) * WEIGHTS_BYTES
+    """Of weights, momentum, the best epoch's weights and, where there is one, the average."""
+    return (4 if config.average_steps else 3) * WEIGHTS_BYTES
 
 
 def check_limits(config: Config) -> Finding:

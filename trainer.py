@@ -223,6 +223,8 @@ def finish_epoch(
         "img_per_s": train["train_images"] / run.epoch_s,
     }
     improved = row["val_top1"] > max((row["val_top1"] for row in run.history), default=-1.0)
+    if improved:
+        run.best = checkpoint.on_cpu(run.kept.model.state_dict(), copy=True)
     run.history.append(row)
     run.elapsed_s += val_s
     run.epoch_s = 0.0
@@ -299,7 +301,7 @@ def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> C
 def resume(run: engine.Run, state: dict[str, Any], folder: Path) -> None:
     """Take a run to where its checkpoint was saved."""
     run.load(state)
-    distributed.in_main(checkpoint.write_weights, folder, state)  # if it was killed before that
+    distributed.in_main(checkpoint.write_weights, folder, state)  # they may be of a lost attempt
     distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
     log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
     if state["precision"] != run.precision:
@@ -393,8 +395,8 @@ def report(
         except (ValueError, FileNotFoundError) as error:
             reason = "it is not there" if isinstance(error, FileNotFoundError) else error
             raise UserError(
-                f"the last evaluation needs {folder / 'best.pt'} ({reason}): bring back a copy and "
-                "give the same command again; evaluate.py --model takes last.pt",
+                f"the last evaluation needs {folder / 'best.pt'} ({reason}): give the same "
+                "command again, which writes it from the last checkpoint",
                 EXIT_FAILED,
             ) from None
 

@@ -70,6 +70,7 @@ def main() -> None:
     config = Config(batch_size=batch_size, train_px=options.px)
     check_config(config)
     run = engine.new_run(config, 1000)
+    run.best = checkpoint.on_cpu(run.model.model.state_dict(), copy=True)  # as after an epoch
     run.model.train()
     random = torch.Generator().manual_seed(0)
     shape = (batch_size, options.px, options.px, 3)

@@ -85,42 +85,43 @@ def test_background_saving_keeps_the_state_of_the_moment(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]  # no epoch has ended
 
 
-def test_weights_are_those_of_the_row_that_a_checkpoint_keeps(tmp_path: Path) -> None:
-    """best.pt is the first of equally good ones, last.pt that of the last epoch that has ended."""
+def test_weights_are_those_that_a_checkpoint_stands_for(tmp_path: Path) -> None:
+    """best.pt is what the run has for its best, last.pt that of the last epoch that has ended."""
     saver = checkpoint.BackgroundSaver(tmp_path)
+    ended = {**make_state(3, epochs=1), "best": {"weight": torch.tensor(1)}}
 
-    def kept() -> tuple[float, ...]:
-        return tuple(
-            torch.load(tmp_path / name)["weight"].item() for name in ("best.pt", "last.pt")
-        )
+    def kept(**changed: object) -> list[int]:
+        saver.save({**ended, **changed})
+        saver.wait()
+        return weights()
 
-    history, seen = [], []
-    for number, top1 in enumerate((50.0, 70.0, 70.0, 60.0)):
-        history.append({"epoch": number + 1, "val_top1": top1})
-        ended = {
-            **make_state(number),
-            "history": history,
-            "model": {"weight": torch.tensor(number)},
-        }
-        saver.save(ended)
-        saver.wait()
-        seen.append(kept())
-        saver.save({**ended, "epoch_s": 0.1, "model": {"weight": torch.tensor(-1)}})
-        saver.wait()
-        assert kept() == seen[-1]  # in the midst of an epoch there are none to keep
-    assert seen == [(0, 0), (1, 1), (1, 2), (1, 3)]
-    history.append({"epoch": 5, "val_top1": 80.0})
-    saver.save({**ended, "history": history, "average": {"weight": torch.tensor(9)}})
-    saver.wait()
-    assert kept() == (9, 9)
+    def weights() -> list[int]:
+        files = (tmp_path / "best.pt", tmp_path / "last.pt")
+        return [torch.load(file)["weight"].item() for file in files]
+
+    assert kept(model={"weight": torch.tensor(2)}) == [1, 2]
+    assert kept(average={"weight": torch.tensor(3)}) == [1, 3]
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+    assert kept(average={"weight": torch.tensor(3)}) == [1, 3]
+    assert times == {path: path.stat().st_mtime_ns for path in times}  # a mirror copies no equal
+    assert kept(epoch_s=0.1, average={"weight": torch.tensor(4)}) == [1, 3]  # within an epoch
 
     # Where the checkpoint cannot be saved, the epoch will be trained again.
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").touch()
-    saver.save({**ended, "history": [*history, {"epoch": 6, "val_top1": 90.0}]})
     with pytest.raises(NotADirectoryError):
-        saver.wait()
-    assert kept() == (9, 9)
+        kept(best={"weight": torch.tensor(5)})
+    assert weights() == [1, 3]
+
+    # Going on within an epoch, best.pt is mended, of whatever attempt it was, or if it is lost.
+    for damage in (b"x", None):
+        (tmp_path / "best.pt").write_bytes(damage) if damage else (tmp_path / "best.pt").unlink()
+        checkpoint.write_weights(tmp_path, {**ended, "epoch_s": 0.1})
+        assert weights() == [1, 3]
+    # A version that kept none has written the file itself.
+    del ended["best"]
+    checkpoint.write_weights(tmp_path, ended)
+    assert torch.load(tmp_path / "best.pt")["weight"] == 1
 
 
 def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> None:

@@ -626,7 +626,8 @@ def test_signals_in_training_and_both_validations_change_nothing(
 
 
 def test_a_state_that_is_saved_in_a_validation_is_like_any_other(tmp_path: Path) -> None:
-    state = {"step": 1, "history": [], "weight": torch.nn.Parameter(torch.randn(3))}
+    weight = torch.nn.Parameter(torch.randn(3))
+    state = {"step": 1, "history": [], "epoch_s": 1.0, "weight": weight}
     saver = checkpoint.BackgroundSaver(tmp_path)
     with torch.inference_mode():
         saver.save(state)

@@ -280,18 +280,24 @@ def test_signals_again_and_again_change_nothing(
     assert outcome(stopped) == outcome(undisturbed)
 
 
-def test_a_kill_between_a_checkpoint_and_its_weights_loses_none(
+def test_weights_of_a_lost_attempt_do_not_outlive_it(
     settings: dict[str, object], undisturbed: dict[str, object]
 ) -> None:
-    """What they were before stands there, as of another attempt at the last epoch."""
-    killed = {**settings, "name": "killed"}
-    folder = shutil.copytree(run_folder(undisturbed), run_folder(killed))
-    rows = checkpoint.load_latest(folder / "checkpoints")["history"]
-    best_is_last = rows[-1]["val_top1"] > rows[0]["val_top1"]
-    for name in ("result.json", "last.pt", *["best.pt"] * best_is_last):
-        (folder / name).unlink()
-    train(killed)
-    assert outcome(killed) == outcome(undisturbed)
+    """Killed between a checkpoint and its weights; back at an older checkpoint; best.pt lost."""
+    whole, other = run_folder(undisturbed), {"fc.bias": torch.ones(3)}
+    for name, generation in (("killed", 0), ("damaged", 1)):
+        killed = {**settings, "name": name}
+        folder = shutil.copytree(whole, run_folder(killed))
+        (folder / "result.json").unlink()
+        newest, older = checkpoint.generations(folder / "checkpoints")
+        for file in ("best.pt", "last.pt"):
+            torch.save(other, folder / file)
+        if generation:
+            newest.write_bytes(newest.read_bytes()[:-1])
+            (folder / "best.pt").unlink()
+            assert older.exists()
+        train(killed)
+        assert outcome(killed) == outcome(undisturbed)
 
 
 def growing(settings: dict[str, object]) -> dict[str, object]:

@@ -182,12 +182,14 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
     named, kinds = shown, ({**TRAIN, "color": "black"}, {**VALIDATION, "color": "black"})
     if len(runs) == 1:
         named, kinds = shown[1:], shown[0][2:]
-    styles = {name: val_style for name, _, _, val_style in named}
-    styles |= zip(("training", "validation"), kinds, strict=True)
+    styles = [(name, val_style) for name, _, _, val_style in named]
+    styles += zip(("training", "validation"), kinds, strict=True)
     figure.legend(
-        handles=[Line2D([], [], label=label, **style) for label, style in styles.items()],
+        handles=[Line2D([], [], label=label, **style) for label, style in styles],
         loc="outside lower center",
-        ncols=max(1, 120 // (max(map(len, styles)) + 6)),  # about 120 letters fit side by side
+        ncols=max(
+            1, 120 // (max(len(label) for label, _ in styles) + 6)
+        ),  # about 120 letters fit side by side
     )
     top1, name = max((max(curves["val_top1"]), name) for name, curves in runs.items())
     name = name if len(name) <= 60 else f"{name[:59]}…"  # what the title has room for

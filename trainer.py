@@ -211,11 +211,14 @@ def finish_epoch(
     val = engine.evaluate(run.kept, val_batches, run.device, run.precision, heed)
     val_s = time.monotonic() - started
     steps = run.step // (len(run.history) + 1)
+    # At the end of a OneCycle that of its end, though another one may follow.
+    is_extra = len(run.history) >= config.epochs
+    cycle = config if is_extra else dataclasses.replace(config, extra_epochs=0)
     row = {
         "epoch": len(run.history) + 1,
         **train,
         **val,
-        "learning_rate": learning_rate(config, run.step, steps),
+        "learning_rate": learning_rate(cycle, run.step, steps),
         "train_px": train_px(config, len(run.history)),
         "skipped_steps": trouble[0],
         "train_s": run.epoch_s,

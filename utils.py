@@ -541,7 +541,13 @@ def run_stage(main: Callable[[], None]) -> None:
             raise
         advice = ": make room, and give the same command again" * (error.errno in FULL_DISK)
         _end(f"{error.filename or 'the disk'}: {error.strerror}{advice}", EXIT_USER_ERROR)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch's
+            _end(
+                "there is too little main memory: use smaller batches or pictures (--batch-size, "
+                "--val-batch-size, --train-px, --val-px), or end what else runs on the machine",
+                EXIT_USER_ERROR,
+            )
         if not is_out_of_memory(error):
             raise
         _end(

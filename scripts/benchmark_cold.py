@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import multiprocessing
 import os
 import stat
@@ -167,6 +168,9 @@ def main() -> None:
     for name in ("px", "workers", "images", "batch_size", "repeats"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} is {getattr(options, name)}: it must be 1 or more")
+    for name in ("device_img_per_s", "disk_latency_ms", "in_memory_img_per_s"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise UserError(f"{name} is {getattr(options, name)}: it must be 0 or more")
     options = dataclasses.replace(options, images=min(options.images, end - first))
     if not options.disk_latency_ms:
         measure(options)

@@ -53,6 +53,10 @@ def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
     if options.blocks < 1 or options.workers < 1:
         raise UserError("blocks and workers must be 1 or more")
+    if options.max_side < 0 or not 1 <= options.quality <= 100:
+        raise UserError("max_side must be 0 or more, quality 1 to 100")
+    if not options.folder.is_dir():
+        raise UserError(f"no folder {options.folder}: make it, or name another with --folder")
     source = packing.open_source(options.source)
     _, members = packing.list_pictures(source, None)
     contents = [read() for read in source.contents(members)]

@@ -28,6 +28,7 @@ from utils import (
     ConfigOptions,
     UserError,
     as_arguments,
+    check_config,
     describe_computer,
     keep_freed_memory,
     log,
@@ -77,6 +78,7 @@ def main() -> None:
         raise UserError("seeds must be 1 or more")
     start_log(None)
     config = options.config
+    check_config(config)
     keep_freed_memory()
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(4):

@@ -278,6 +278,19 @@ def test_too_little_gpu_memory_is_told_in_one_line(
     check_refused(stop.value.code, capsys.readouterr().err, "too little memory", "--batch-size")
 
 
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: np.empty((12, 224_000, 224_000, 3)), lambda: torch.empty(2**60, dtype=torch.uint8)],
+    ids=["numpy", "torch"],
+)
+def test_too_little_main_memory_is_told_in_one_line(
+    allocate: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        utils.run_stage(allocate)
+    check_refused(stop.value.code, capsys.readouterr().err, "too little main memory", "--train-px")
+
+
 def test_other_errors_are_not_taken_for_too_little_memory() -> None:
     def main() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

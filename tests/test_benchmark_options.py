@@ -13,7 +13,10 @@ from conftest import REPOSITORY, run_stage_command
         (["pack", "nowhere", "--workers", 0], "blocks and workers must be 1 or more"),
         (["lambda", "--photo", "x", "--starts", 0], "starts and pictures must be 1 or more"),
         (["lambda", "--photo", "x", "--pictures", 0], "starts and pictures must be 1 or more"),
+        (["pack", "x", "--quality", 900], "max_side must be 0 or more, quality 1 to 100"),
+        (["pack", "x", "--folder", "no"], "no folder no: make it, or name another with --folder"),
         (["resize", "--seeds", 0], "seeds must be 1 or more"),
+        (["resize", "--epochs", 0], "epochs is 0: it must be above 0"),
     ],
 )
 def test_none_of_them_is_measured_in_no_blocks(options: list[object], says: str) -> None:

@@ -134,6 +134,14 @@ def test_runs_are_told_apart_by_colour(tmp_path: Path) -> None:
     assert figure.get_suptitle() == "2 runs: best top-1 9.50 % (_b)"
 
 
+def test_a_run_named_like_a_line_is_in_the_legend(tmp_path: Path) -> None:
+    names = ("training", "b")
+    runs = {name: read_curves(make_run(tmp_path, name, [make_row(1)])) for name in names}
+    (legend,) = draw(runs, reference=False).legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["training", "b", "training", "validation"]
+
+
 def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
     rows = [make_row(1, val_top1=75.2), make_row(2, val_top1=75.294), make_row(3, val_top1=75.294)]
     figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)

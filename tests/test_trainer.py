@@ -194,6 +194,9 @@ def test_a_run_leaves_what_the_readme_says(settings: dict[str, object]) -> None:
     extended = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert extended[:2] == rows
     assert [row["epoch"] for row in extended] == [1, 2, 3]
+    at_once = {**settings, "name": "at_once", "extra_epochs": 1}
+    train(at_once)
+    assert outcome(at_once) == outcome(settings)
 
 
 def brute_force_correct(model: torch.nn.Module, settings: dict[str, object]) -> int:

@@ -12,6 +12,7 @@ disks and its home are kept. Snapshots are copies of the disks. Needs root and t
 and openssh-server.
 """
 
+import base64
 import http.server
 import json
 import os
@@ -59,6 +60,16 @@ METADATA_UNIT = """
 [Service]
 ExecStart={python} {this} {machine}
 Type=simple
+"""
+
+# At the first start alone, as cloud-init does.
+USER_DATA_UNIT = """
+[Unit]
+ConditionPathExists=!{machine}/user_data.log
+[Service]
+Type=oneshot
+ExecStart=/bin/bash {machine}/user_data
+ExecStart=/bin/bash -c "systemctl list-timers --all --no-pager > {machine}/user_data.log"
 """
 
 TARGETS = "multi-user network-online sysinit basic shutdown poweroff umount final"
@@ -245,7 +256,12 @@ class Machines:
         (units / "metadata.service").write_text(
             METADATA_UNIT.format(python=sys.executable, this=Path(__file__).resolve(), machine=here)
         )
-        (units / "multi-user.target.wants" / "metadata.service").symlink_to("../metadata.service")
+        found = self.ec2.describe_instance_attribute(InstanceId=here.name, Attribute="userData")
+        (here / "user_data").write_bytes(base64.b64decode(found["UserData"].get("Value", "")))
+        (units / "user_data.service").write_text(USER_DATA_UNIT.format(machine=here))
+        for name in ("metadata", "user_data"):
+            wanted = units / "multi-user.target.wants" / f"{name}.service"
+            wanted.symlink_to(f"../{name}.service")
         drop_in = units / "resnet50-trainer.service.d"
         drop_in.mkdir()
         (drop_in / "ec2.conf").write_text(

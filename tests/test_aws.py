@@ -3,10 +3,12 @@
 The machines are those of aws_machine.py: systemd, sshd, loop devices, a metadata service.
 """
 
+import base64
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -194,9 +196,15 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
         "BlockDeviceMapping.2.Ebs.DeleteOnTermination": "true",
     }.items():
         assert call["params"][name] == value
+    assert "resnet50-poweroff" in base64.b64decode(call["params"]["UserData"]).decode()
     assert not [name for name in call["params"] if "MaxPrice" in name]
     assert account(emulator)["spot requests"] == ["active"]
     (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
+    # Had nobody set it up, the machine would have stopped.
+    first_start = (machines.folder_of(instance_id) / "user_data.log").read_text()
+    assert re.search(r"2h|1h 59min.* resnet50-poweroff.timer", first_start)
+    timers = "systemctl list-timers --all --no-pager"
+    assert "resnet50-poweroff" not in machines.run(instance_id, timers).stdout
     assert "training runs" in again_changes_nothing(lines["launch"])
     log = "cat /mnt/runs/run/train.log"
     wait_for(lambda: "epoch 1/" in machines.run(instance_id, log).stdout)
@@ -222,7 +230,6 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
     # From the local disk, which was empty again.
     settings = machines.run(instance_id, "cat /mnt/runs/run/config.json").stdout
     assert '"train_folder_name": "/mnt/nvme/imagenette.store"' in settings
-    timers = "systemctl list-timers --all --no-pager"
     wait_for(lambda: "resnet50-poweroff" in machines.run(instance_id, timers).stdout)
     said = again_changes_nothing(lines["watch"])
     assert "finished in" in said
@@ -551,6 +558,11 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
         said = refused(environment, "launch", "--yes", option, asked)
         name = option.removeprefix("--").replace("-", "_")
         assert f"an instance with {name} {has} (" in said and f"not {name} {asked}: to" in said
+        assert "tear-down --keep-snapshot --keep-runs, then launch" in said
+    here = successor["Placement"]["AvailabilityZone"]
+    other = next(zone for _, zone in spot_zones(emulator) if zone != here)
+    said = refused(environment, "launch", "--yes", "--zone", other)
+    assert f"an instance with zone {here} (" in said and "fetch the runs, tear-down" in said
     assert len(emulator.calls("RunInstances")) == 1
 
     # While EC2 has no capacity for it, no second one is rented beside it.
@@ -561,6 +573,7 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
     assert "tear-down --keep-snapshot --keep-runs" in said
     said = cloud(environment, "watch").stdout
     assert "its spot request will bring one" in said and "capacity-not-available" in said
+    assert "its spot request will bring one" in cloud(environment, "stop").stdout
     last = emulator.resume(successor["InstanceId"])
     # What is going already is waited for, since its volumes stay in use till then.
     emulator.set(instance_describes=4)
@@ -573,6 +586,32 @@ def test_what_a_spot_request_brings_by_itself_is_the_projects(
     assert f"instance {last}, g5.xlarge" in said and ", shutting-down" in said
     assert said.endswith("all gone\n")
     assert account(emulator) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_started_to_fetch_is_stopped_if_that_is_broken_off(
+    number: signal.Signals, emulator: Emulator, environment: dict[str, str]
+) -> None:
+    """As soon as EC2 has been asked to start it; SIGHUP comes with a terminal that is closed."""
+    snapshot(emulator)
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", "too many", times=0)
+    refused(environment, "launch", "--yes")
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    ec2 = session.client("ec2", endpoint_url=environment["AWS_ENDPOINT_URL"])
+    (reservation,) = ec2.describe_instances()["Reservations"]
+    ec2.stop_instances(InstanceIds=[reservation["Instances"][0]["InstanceId"]])
+    emulator.clear()
+    with subprocess.Popen(
+        [sys.executable, REPOSITORY / "scripts" / "aws" / "cloud.py", "fetch", "--yes"],
+        env={**environment, "RESNET50_SSH_OPTIONS": "-o ProxyCommand=false"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as fetching:  # fmt: skip
+        wait_for(lambda: emulator.calls("StartInstances"))
+        fetching.send_signal(number)
+        assert fetching.communicate(timeout=60)[1] == "error: interrupted\n"
+    assert fetching.returncode == 75
+    assert changes(emulator) == ["StartInstances", "StopInstances"]
+    assert account(emulator)["instances"] == ["stopped"]
 
 
 def test_a_role_for_the_mirror_is_made_and_torn_down(
@@ -703,6 +742,27 @@ def test_a_budget_needs_a_price_that_is_known(
     assert commands.on_demand_price("g5.xlarge", "us-west-2c") == 1.006
     assert commands.on_demand_price("g5.xlarge", "eu-central-1a") is None
 
+    # What is not known is not counted, and a user's own price has the last word.
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", "too many", times=0)
+    rented = ("launch", "--yes", "--market", "on-demand", "--instance-type", "g5.12xlarge")
+    refused(environment, *rented)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    aws = commands.Aws("us-east-1", dry_run=False)
+    (reservation,) = aws.read("ec2", "describe-instances")["Reservations"]
+    instance_id = reservation["Instances"][0]["InstanceId"]
+
+    def told(trainer_options: str) -> str:
+        settings = commands.Settings(market="on-demand", trainer_options=trainer_options)
+        return commands.instance_env(aws, settings, instance_id, {"VolumeId": "vol-1"}).decode()
+
+    assert "TRAINER_OPTIONS='--price-per-hour 0'\n" in told("")
+    assert "TRAINER_OPTIONS='--price-per-hour 0 --price-per-hour 5.7'\n" in told(own[18:])
+    # The spot price may change by itself; whoever changes his own wants that to count.
+    same = commands._without_price
+    assert same(told("").replace(" 0'", " 0.41'")) == same(told(""))
+    assert same(told("--price-per-hour 5.7")) != same(told("--price-per-hour 5.8"))
+
 
 # ------------------------------------------------------------------------------ settings
 
@@ -727,6 +787,8 @@ def test_settings_come_from_the_file_the_environment_and_the_command_line(
         ("MARKET=cheap", "line 1: market is 'cheap': choose spot or on-demand"),
         ("DATA_IOPS=1", "data_iops is 1: it must be 3,000 to 16,000"),
         ("MIRROR=/disk", "mirror is /disk: here it must be s3://bucket/prefix"),
+        ("MIRROR=s3://a/b;c", "mirror is s3://a/b;c: here it must be s3://bucket/prefix"),
+        ("MIRROR=s3://a/b c", "mirror is s3://a/b c: here it must be s3://bucket/prefix"),
         ("TRAINER_OPTIONS=--name 'a b'", "trainer_options must do without quotes"),
         ("TRAINER_OPTIONS=--epochs 5 --bogus 1", "trainer_options: Unrecognized options: --bogus"),
         ("TRAINER_OPTIONS=--epochs 0", "trainer_options: epochs is 0"),

@@ -87,8 +87,12 @@ class Aws:
     def change(self, *arguments: object, dry: Any = None) -> Any:
         """Show a call that changes something, and make it; in a dry run, answer `dry` instead."""
         words = [str(argument) for argument in arguments]
-        print(f"$ {shlex.join(['aws', *words, *self._region()])}", flush=True)
+        print(f"$ {self.as_typed(*words)}", flush=True)
         return dry if self.dry_run else self._call(words)
+
+    def as_typed(self, *words: str) -> str:
+        """A command of the AWS CLI for the region, as one types it."""
+        return shlex.join(["aws", *words, *self._region()])
 
     def _region(self) -> list[str]:
         return ["--region", self.region] if self.region else []

@@ -78,6 +78,12 @@ GP3_MB_S_MONTH_USD, GP3_FREE_MB_S = 0.04, 125  # throughput
 GP3_IOPS_MONTH_USD, GP3_FREE_IOPS = 0.005, 3000
 MONTH_H = 730
 PRICE = "--price-per-hour"  # of trainer.py
+SUCCESSOR = "but its spot request will bring one: tear-down ends that"
+# At its very first start. Where nobody comes to set it up it would cost for ever; bootstrap.sh
+# takes it back.
+FIRST_START = """#!/bin/bash
+systemd-run --on-active=2h --unit=resnet50-poweroff systemctl poweroff
+"""
 ON_DEMAND_REGIONS = ("us-east-1", "us-east-2", "us-west-2")  # with these prices; others are dearer
 ON_DEMAND_USD_H = {
     "g5.xlarge": 1.006,
@@ -277,7 +283,8 @@ def on_demand_price(instance_type: str, zone: str) -> float | None:
 
 def check_budget(settings: Settings, price: float | None, zone: str) -> None:
     """Refuse a budget where nobody knows the price that is to be added up; raises UserError."""
-    if settings.budget_usd and price is None and PRICE not in settings.trainer_options:
+    own = PRICE in settings.trainer_options.replace("_", "-")
+    if settings.budget_usd and price is None and not own:
         raise UserError(
             f"budget_usd is {settings.budget_usd}, and the price of a {settings.instance_type} in "
             f"{zone} is not known here: give {PRICE} in trainer_options"
@@ -371,7 +378,7 @@ def prepared_volume(
 ) -> dict[str, Any]:
     """The volume onto which the instance has downloaded and packed the data."""
     instance_id = instance["InstanceId"]
-    if instance["State"]["Name"] in ("stopping", "stopped"):
+    if is_stopped(instance):
         wait_until(aws, "instance-stopped", "--instance-ids", instance_id)
         aws.change("ec2", "start-instances", "--instance-ids", instance_id)
     wait_until(aws, "instance-running", "--instance-ids", instance_id)
@@ -419,8 +426,10 @@ def launch(options: Launch, aws: Aws) -> None:
         instance = rent(options, aws)
     else:
         refuse_another(settings, instance)
-        if not started_again(options, aws, instance):
+        if not may_go_on(options, aws, instance):
             return
+        if is_stopped(instance):
+            aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
         ensure_security_group(aws, settings)
         profile = ensure_profile(aws, settings)
         if profile and "IamInstanceProfile" not in instance:  # the mirror was set later
@@ -452,7 +461,11 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
             f"training runs with other settings:\n{has}\nIt will be stopped, saved, and started "
             f"with these:\n{wanted.decode().strip()}",
         )
-        machine.run("sudo systemctl stop resnet50-trainer")
+        # In the end bootstrap.sh takes that back.
+        machine.run(
+            f"sudo bash {FOLDER}/scripts/aws/instance/poweroff.sh 2h && "
+            "sudo systemctl stop resnet50-trainer"
+        )
     machine.push_code()
     machine.run(f"cat > {FOLDER}/aws-instance.env", wanted)
     machine.run_detached("bootstrap", "bash scripts/aws/instance/bootstrap.sh")
@@ -461,8 +474,12 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
 
 
 def _without_price(env: str) -> list[str]:
-    """The settings in an instance's file but for the spot price, which changes by itself."""
-    return [re.sub(rf"{PRICE} \S+ ?", "", setting).strip() for setting in shlex.split(env)]
+    """The settings in an instance's file but for the spot price, which changes by itself.
+
+    It comes first; one that follows is a user's own.
+    """
+    ours = rf"^TRAINER_OPTIONS={PRICE} \S+ ?"
+    return [re.sub(ours, "TRAINER_OPTIONS=", setting).strip() for setting in shlex.split(env)]
 
 
 def taken_by_ec2(aws: Aws, instance: dict[str, Any]) -> str:
@@ -490,16 +507,26 @@ def refuse_another(settings: Settings, instance: dict[str, Any]) -> None:
     if other:
         asked = ", ".join(f"{key} {getattr(settings, key)}" for key in other)
         has = ", ".join(f"{key} {value}" for key, value in other.items())
+        way = "tear-down --keep-snapshot --keep-runs, then launch"
+        if "zone" in other:  # which the volume with the runs cannot leave
+            way = (
+                "fetch the runs, tear-down --keep-snapshot, then launch: a mirror has the run there"
+            )
         raise UserError(
             f"there is an instance with {has} ({instance['InstanceId']}), not {asked}: to change "
-            "machines, tear-down --keep-snapshot --keep-runs, then launch; else set it as it is"
+            f"machines, {way}; else set it as it is"
         )
 
 
-def started_again(options: Options, aws: Aws, instance: dict[str, Any]) -> bool:
-    """Whether an instance that was there runs now; starts it where a user had stopped it."""
+def is_stopped(instance: dict[str, Any]) -> bool:
+    """Whether an instance does not run any more."""
+    return instance["State"]["Name"] in ("stopping", "stopped")
+
+
+def may_go_on(options: Options, aws: Aws, instance: dict[str, Any]) -> bool:
+    """Whether an instance that was there runs, or may be started, for which it asks."""
     print(f"there is an instance already: {describe(instance)}, {instance['State']['Name']}")
-    if instance["State"]["Name"] in ("pending", "running"):
+    if not is_stopped(instance):
         return True
     wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
     if code := taken_by_ec2(aws, instance):
@@ -514,7 +541,6 @@ def started_again(options: Options, aws: Aws, instance: dict[str, Any]) -> bool:
     if "InstanceLifecycle" in instance:
         price = spot_prices(aws, [kind]).get((kind, zone))
     confirm(options, f"starts it again, at {f'${price:.4f} an hour' if price else 'its price'}")
-    aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
     return True
 
 
@@ -563,7 +589,7 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
     }
     if settings.initialization_rate:
         data["VolumeInitializationRate"] = settings.initialization_rate
-    more = ensure_profile(aws, settings)
+    more = [*ensure_profile(aws, settings), "--user-data", FIRST_START]
     if spot:
         # No maximum price: it only brings more interruptions. Persistent and stop: EC2 itself
         # starts it again, in the same zone, with the same disks.
@@ -591,8 +617,8 @@ def instance_env(aws: Aws, settings: Settings, instance_id: str, runs: dict[str,
         price = on_demand_price(kind, zone)
     check_budget(settings, price, zone)
     # First, so that one in trainer_options has the last word.
-    arguments = [f"{PRICE} {price}"] if price else []
-    arguments += [settings.trainer_options]
+    # Unknown, it is 0, and not the recipe's, which is another machine's.
+    arguments = [f"{PRICE} {price or 0}", settings.trainer_options]
     arguments += [f"--mirror {settings.mirror}"] if settings.mirror else []
     arguments += [f"--budget-usd {settings.budget_usd}"] if settings.budget_usd else []
     values = {
@@ -616,7 +642,7 @@ def watch(options: Watch, aws: Aws) -> None:
     if instance:
         print(f"{describe(instance)}: {state}")
     elif requests:
-        print("no training instance, but its spot request will bring one: tear-down ends that")
+        print(f"no training instance, {SUCCESSOR}")
     else:
         print("no training instance: launch makes one")
     for request in requests:
@@ -644,11 +670,13 @@ def fetch(options: Fetch, aws: Aws) -> None:
     instance = only(find_instances(aws, settings, "train"), "training instances")
     if instance is None:
         raise UserError("no training instance, so no runs to fetch from it: launch makes one")
-    started = instance["State"]["Name"] in ("stopping", "stopped")
+    started = is_stopped(instance)
     ensure_security_group(aws, settings)
-    if started and not started_again(options, aws, instance):
+    if started and not may_go_on(options, aws, instance):
         raise UserError("the runs can be fetched once EC2 has started the instance again")
     try:
+        if started:
+            aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
         machine = log_in(aws, settings, instance["InstanceId"])
         here = f"cd {FOLDER}/scripts/aws/instance"
         if started:  # for this alone: it shall not train, and not stay if nobody stops it below
@@ -673,8 +701,10 @@ def fetch(options: Fetch, aws: Aws) -> None:
 def stop(options: Stop, aws: Aws) -> None:
     """Stop the training instance, which saves first; a persistent spot request then rests."""
     instance = only(find_instances(aws, options.settings, "train"), "training instances")
-    if instance is None or instance["State"]["Name"] in ("stopping", "stopped"):
+    if instance is None or is_stopped(instance):
         print("no training instance runs")
+        if instance is None and find_spot_requests(aws, options.settings):
+            print(SUCCESSOR)
         stopped = instance is not None and instance["State"]["Name"] == "stopped"
         if stopped and (code := taken_by_ec2(aws, instance)):
             print(
@@ -773,8 +803,10 @@ COMMANDS = {
 def main() -> None:
     """Run one command."""
     options = parse_options(CloudOptions, __doc__).command
-    # So that what was begun for a command alone ends with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # So that what was begun for a command alone ends with it, also where the terminal is closed.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     check_settings(options.settings)
     COMMANDS[type(options)](options, Aws(options.settings.region, options.dry_run))
     if options.dry_run:

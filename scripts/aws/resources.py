@@ -154,9 +154,10 @@ def ensure_key(aws: Aws, settings: Settings) -> None:
         "ec2", "describe-key-pairs", "--filters", f"Name=key-name,Values={settings.project}"
     )["KeyPairs"]
     if found and not aws.dry_run and not key_of(settings).exists():
+        remove = aws.as_typed("ec2", "delete-key-pair", "--key-name", settings.project)
         raise UserError(
             f"{key_of(settings)} is not on this computer: copy it from the one where it was made, "
-            f"or make another: aws ec2 delete-key-pair --key-name {settings.project}"
+            f"or make another: {remove}"
         )
     public = public_key_of(settings, make=not found and not aws.dry_run)
     if not found:
@@ -423,9 +424,10 @@ def attach(aws: Aws, volume: dict[str, Any], instance_id: str, device: str) -> N
     if attached == [instance_id]:
         return
     if attached:
+        detach = aws.as_typed("ec2", "detach-volume", "--volume-id", volume["VolumeId"])
         raise UserError(
             f"volume {volume['VolumeId']} is attached to another instance, {attached[0]}: "
-            f"aws ec2 detach-volume --volume-id {volume['VolumeId']}, or stop that instance"
+            f"{detach}, or stop that instance"
         )
     aws.change(
         "ec2", "attach-volume", "--volume-id", volume["VolumeId"], "--instance-id", instance_id,

@@ -8,6 +8,7 @@ find it by that.
 
 import dataclasses
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Literal
@@ -148,5 +149,5 @@ def check_settings(settings: Settings) -> None:
         ) from None
     if not 0 <= settings.budget_usd < float("inf"):
         raise UserError(f"budget_usd is {settings.budget_usd}: it must be 0 or more")
-    if settings.mirror and not settings.mirror.startswith("s3://"):
+    if settings.mirror and not re.fullmatch(r"s3:/(/[\w.=+-]+)+/?", settings.mirror):
         raise UserError(f"mirror is {settings.mirror}: here it must be s3://bucket/prefix")

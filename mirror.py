@@ -36,7 +36,7 @@ from typing import Any, Protocol
 import checkpoint
 import sessions
 from utils import (
-    EXIT_INTERRUPTED,
+    EXIT_NO_MIRROR,
     EXIT_USER_ERROR,
     RESULT_SETTINGS,
     UserError,
@@ -320,7 +320,7 @@ def start(url: str, folder: Path) -> "Mirror":
 
     If the folder has no checkpoint that is whole, the newest one of the mirror is fetched, with
     what goes with it. Raises UserError for a wrong address; if the folder has none and the mirror
-    cannot be read, with EXIT_INTERRUPTED where that may pass by itself; and if the mirror's run is
+    cannot be read, with EXIT_NO_MIRROR where that may pass by itself; and if the mirror's run is
     another than the folder's, or further on.
     """
     if not url:
@@ -340,7 +340,7 @@ def start(url: str, folder: Path) -> "Mirror":
             raise UserError(
                 f"the mirror {url} cannot be read ({words}), and {folder} has no checkpoint: a run "
                 "that is there would be begun anew: mend it, or leave out --mirror",
-                EXIT_INTERRUPTED if _may_pass(error) else EXIT_USER_ERROR,
+                EXIT_NO_MIRROR if _may_pass(error) else EXIT_USER_ERROR,
             ) from None
         log.warning("the mirror %s cannot be read (%s): training goes on", url, words)
     paid_here = folder / sessions.FILE

@@ -13,7 +13,8 @@ Reads a folder of training and one of validation images. Writes into runs/<name>
 metrics.jsonl, train.log, checkpoints/, best.pt and last.pt (weights under torchvision's names) and
 result.json; sessions.jsonl tells what each start cost. The same command again goes on where the run
 was. Exit code 75 says that a signal, or EC2's notice that it takes the instance, stopped it with
-everything saved, 76 that its budget is spent, 77 that it is finished but its mirror not complete.
+everything saved, 76 that its budget is spent, 77 that it is finished but its mirror not complete,
+78 that it has not begun, since its mirror does not answer.
 """
 
 import contextlib

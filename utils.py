@@ -44,6 +44,7 @@ EXIT_USER_ERROR = 2  # nothing was started: a setting, a folder or an image is w
 EXIT_INTERRUPTED = 75  # stopped by a signal with everything saved; the same command goes on
 EXIT_BUDGET = 76  # the budget is spent, everything is saved; only a higher one goes on
 EXIT_NOT_COPIED = 77  # finished, but the mirror lacks something; the same command completes it
+EXIT_NO_MIRROR = 78  # not begun, since the mirror does not answer; the same command asks again
 REMOVE_IT = "remove it, and run the command that wrote it again"  # what can be written again
 
 # In a run's folder: it is a copy of the run on a rented machine, and may be copied over again.

@@ -882,7 +882,9 @@ def test_a_detached_command_goes_on_without_its_follower_and_is_not_started_twic
 @pytest.mark.parametrize(
     ("end", "restarts", "stops"),
     [
-        ("exited/75", 0, False),  # interrupted, or the mirror does not answer
+        ("exited/75", 0, False),  # interrupted
+        ("exited/78", 0, False),  # its mirror does not answer
+        ("exited/78", 10, True),
         ("exited/75", 10, True),
         ("killed/KILL", 9, False),
         ("killed/KILL", 10, True),

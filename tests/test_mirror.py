@@ -793,7 +793,7 @@ def test_an_unreachable_mirror_stops_a_run_at_its_beginning_only(
     ) as error:
         mirror.start(bucket.url, folder)
     assert time.monotonic() - started < 8
-    assert error.value.exit_code == (2 if fault == 403 else 75)  # a mistake, or what may pass
+    assert error.value.exit_code == (2 if fault == 403 else 78)  # a mistake, or what may pass
     save(folder, 1)
     mirror.start(bucket.url, folder)
     assert said(caplog, f"cannot be read ({words}): training goes on") == 1
@@ -814,7 +814,7 @@ def test_places_that_are_not_there_are_no_empty_mirrors(
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match="no credentials: set AWS_ACCESS_KEY_ID") as error:
         mirror.start(bucket.url, folder)
-    assert error.value.exit_code == 75
+    assert error.value.exit_code == 78
 
 
 @pytest.mark.parametrize(
@@ -1155,7 +1155,7 @@ def test_nothing_is_begun_anew_while_the_mirror_cannot_be_read(
     proxy.fault = 403
     ends_with(2, "it answers 403 AccessDenied")
     proxy.close()
-    ends_with(75, "it cannot be reached")
+    ends_with(78, "it cannot be reached")
 
 
 def test_a_start_that_waits_for_its_mirror_ends_at_a_signal(

@@ -157,9 +157,12 @@ def test_its_command_ends_as_the_trainer_does(answers: dict[str, Any], tmp_path:
 
 @pytest.mark.parametrize(
     ("codes", "end", "starts"),
-    [([0], 0, 1), ([75], 75, 1), ([77, 77, 0], 0, 3), ([77, 75], 75, 2), ([77] * 300, 77, 181)],
+    [
+        *(([0], 0, 1), ([75], 75, 1), ([77, 77, 0], 0, 3), ([77, 75], 75, 2)),
+        *(([77] * 300, 77, 181), ([78, 0], 0, 2), ([78] * 300, 78, 31)),
+    ],
 )
-def test_a_mirror_that_is_not_complete_is_completed_before_the_machine_goes(
+def test_a_mirror_is_completed_and_asked_for_before_the_machine_goes(
     codes: list[int], end: int, starts: int, answers: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / ".venv/bin").mkdir(parents=True)

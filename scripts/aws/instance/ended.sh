@@ -3,7 +3,7 @@
 # systemd tells how it ended; see resnet50-trainer.service for what is started again.
 set -euo pipefail
 case ${EXIT_CODE:-}/${EXIT_STATUS:-} in
-exited/75) again=yes ;; # interrupted with everything saved; or its mirror does not answer
+exited/75 | exited/78) again=yes ;; # interrupted with everything saved; its mirror does not answer
 exited/*) again=no ;;   # finished, failed, or out of budget; 77: /mnt/runs keeps what was not copied
 *) again=yes ;;         # killed, or stopped before it began
 esac

@@ -202,7 +202,7 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
     (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
     # Had nobody set it up, the machine would have stopped.
     first_start = (machines.folder_of(instance_id) / "user_data.log").read_text()
-    assert re.search(r"2h|1h 59min.* resnet50-poweroff.timer", first_start)
+    assert re.search(r"(2h|1h 59min) left .*resnet50-poweroff.timer", first_start)
     timers = "systemctl list-timers --all --no-pager"
     assert "resnet50-poweroff" not in machines.run(instance_id, timers).stdout
     assert "training runs" in again_changes_nothing(lines["launch"])

@@ -15,6 +15,7 @@ code 2.
 import contextlib
 import os
 import re
+import stat
 import sys
 import tempfile
 import threading
@@ -150,6 +151,22 @@ def take_uploads_only(picture: gr.Image) -> None:
         return await move(path)
 
     picture.async_move_resource_to_block_cache = move_upload
+
+
+def own_folder() -> Path:
+    """A temporary folder for the uploads, which no other user of the computer made or may read.
+
+    The same at each start, if it can be. Not the folder that all of a user's Gradio apps share:
+    what is old in it is deleted.
+    """
+    own = Path(tempfile.gettempdir(), f"gradio-classifier-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        own.mkdir(0o700)
+    found = own.lstat()  # of a link itself: anybody may have put one there
+    is_private = found.st_uid == os.getuid() and not found.st_mode & 0o077
+    if stat.S_ISDIR(found.st_mode) and is_private:
+        return own
+    return Path(tempfile.mkdtemp(prefix="gradio-classifier-"))
 
 
 def delete_old_files(folder: Path, kept: list[str], age_s: float) -> None:
@@ -349,9 +366,8 @@ def main() -> None:
     except classifier.ExportError as error:
         print(f"error: {error}: run `python3 generate_trace_model.py` first", file=sys.stderr)
         raise SystemExit(2) from None
-    # Not the folder that all of a user's Gradio apps share: what is old in it is deleted.
-    own = Path(tempfile.gettempdir(), f"gradio-classifier-{os.getuid()}").resolve()
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(own))
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = str(own_folder())
     page = make_page(session, export, FOLDER)
     threading.Thread(target=keep_deleting_old_files, args=(page,), daemon=True).start()
     # The visitor's own font: nothing to load, and every weight is there.

@@ -517,6 +517,25 @@ def test_nothing_is_written_beside_the_app(app: App) -> None:
 # ------------------------------------------------------------------------------ what it leaves
 
 
+@pytest.mark.parametrize("there", ["nothing", "own", "link", "readable", "another's"])
+def test_the_uploads_lie_in_no_folder_of_another_user(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    me = os.getuid() + (there == "another's")
+    monkeypatch.setattr(os, "getuid", lambda: me)
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    usual, elsewhere = tmp_path / f"gradio-classifier-{me}", tmp_path / "elsewhere"
+    elsewhere.mkdir(0o700)
+    if there == "link":
+        usual.symlink_to(elsewhere)
+    elif there != "nothing":
+        usual.mkdir(0o750 if there == "readable" else 0o700)
+    folder = module.own_folder()
+    assert (folder == usual) == (there in ("nothing", "own"))
+    assert folder.parent == tmp_path and folder.resolve() == folder != elsewhere
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_old_files_are_deleted_and_those_that_are_kept_stay(
     module: ModuleType, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ class EvaluationOptions:
     """which weights of the run: those with the best validation top-1, or the last"""
     model: Path | None = None
     """a file in their place: a run's weights or checkpoint, or an export (.pt, .onnx, .pt2) with
-    model.json"""
+    model.json; TorchScript and .pt2 are programs: only from whom you trust"""
     val_folder_name: str = ""
     """validation images, a folder or a store; the run's if empty"""
     val_px: int = 0

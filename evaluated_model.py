@@ -1,7 +1,9 @@
 """A checkpoint or an export, of any format, as a function from images to logits, for evaluate.py.
 
 Exports are what generate_trace_model.py writes; the model.json beside them says what their outputs
-and inputs are, and is compared with them by SHA-256 before a file is loaded.
+and inputs are, and is compared with them by SHA-256 before a file is loaded. Weights are read as
+tensors only. TorchScript is a program, and so is a .pt2: torch.export.load unpickles, and evaluates
+the sizes in its graph as Python.
 """
 
 import hashlib

@@ -65,11 +65,19 @@ def install_client(folder: Path) -> None:
         raise UserError(f"pip cannot fetch awslambdaric: {done.stderr.strip()[-300:]}", EXIT_FAILED)
 
 
+def version_of(python: str) -> str:
+    """Version of an interpreter."""
+    command = [python, "-c", "import platform; print(platform.python_version())"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     """Build, start, ask, print."""
     options = parse_options(LambdaOptions, __doc__)
-    if options.starts < 1 or options.pictures < 1:
-        raise UserError("starts and pictures must be 1 or more")
+    if options.starts < 1:
+        raise UserError("starts must be 1 or more")
+    if options.pictures < 2:
+        raise UserError("pictures must be 2 or more")
     python = shutil.which(options.python)
     if python is None:
         raise UserError(f"no {options.python}: name a Python 3.13 with --python")
@@ -116,7 +124,7 @@ def main() -> None:
                 "settings": settings,
                 **result,
                 "hardware": describe_computer(),
-                "versions": {**versions(("onnxruntime",)), "python": RUNTIME},
+                "versions": {**versions(("onnxruntime",)), "python": version_of(python)},
             },
         )
 

@@ -313,8 +313,9 @@ def recipe_section(config: Config, record: dict[str, Any]) -> str:
     commit = f" Code: commit {record['commit']}." if record["commit"] else ""
     optimizer = {"sgd": "SGD with momentum", "muon": "Muon"}[config.optimizer]
     annealing = {"cos": "cosine", "linear": "linear"}[config.anneal_strategy]
+    loss = {"cross_entropy": "cross-entropy", "bce": "binary cross-entropy"}[config.loss]
     return (
-        f"## Recipe\n\n{optimizer}, OneCycle with {annealing} annealing, cross-entropy; training "
+        f"## Recipe\n\n{optimizer}, OneCycle with {annealing} annealing, {loss}; training "
         "crops of random place, size and aspect.\n\n| setting | value |\n|---|---|\n"
         + "\n".join(lines)
         + f"\n\n{used}.{arithmetic}{commit}"

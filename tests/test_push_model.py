@@ -402,4 +402,7 @@ def test_the_card_names_only_what_it_knows(run: Path) -> None:
     assert "SGD with momentum, OneCycle with cosine annealing" in card
     record["config"] |= {"optimizer": "muon", "anneal_strategy": "linear"}
     card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
-    assert "\n\nMuon, OneCycle with linear annealing" in card
+    assert "\n\nMuon, OneCycle with linear annealing, cross-entropy;" in card
+    record["config"]["loss"] = "bce"
+    card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
+    assert "annealing, binary cross-entropy;" in card

@@ -5,8 +5,8 @@
     python3 scripts/push_model.py runs/NAME USER/REPO                    into a private repo
     python3 scripts/push_model.py runs/NAME USER/REPO --public
 
-Reads the run's config.json, metrics.jsonl, weights and, if there, result.json, cost.json or
-sessions.jsonl. The repo, which is made if it is not there, gets in one commit:
+Reads the run's config.json, metrics.jsonl, weights and, if there, result.json, cost.json or,
+where that is newer, sessions.jsonl. The repo, which is made if it is not there, gets in one commit:
 
     model.safetensors     the weights, float32, under torchvision's names
     config.json           architecture, classes and preprocessing: what
@@ -323,9 +323,12 @@ def recipe_section(config: Config, record: dict[str, Any]) -> str:
 
 
 def cost_section(folder: Path) -> list[str]:
-    """Hours and dollars, from cost.json or, without one, from sessions.jsonl; else nothing."""
-    summary, lines = read_json(folder / "cost.json"), sessions.read(folder)
-    if summary is None and lines:
+    """Hours and dollars, from cost.json, or from sessions.jsonl if that is newer; else nothing."""
+    path, lines = folder / "cost.json", sessions.read(folder)
+    summary = read_json(path)
+    if lines and (
+        summary is None or path.stat().st_mtime < (folder / sessions.FILE).stat().st_mtime
+    ):
         rows = read_metrics(folder / "metrics.jsonl")
         summary = cost_report.summarize(lines, rows, None, time.time())
     if summary is None:

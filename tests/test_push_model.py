@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -406,3 +407,16 @@ def test_the_card_names_only_what_it_knows(run: Path) -> None:
     record["config"]["loss"] = "bce"
     card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
     assert "annealing, binary cross-entropy;" in card
+
+
+def test_a_cost_from_before_the_last_session_is_not_told(tmp_path: Path) -> None:
+    write_lines(tmp_path, LINES)
+    utils.write_metrics(tmp_path / "metrics.jsonl", [])
+    summed = push_model.cost_section(tmp_path)
+    told = {"running_s": 36_000, "interruptions": {}, "usd": 9.7}
+    utils.write_json(tmp_path / "cost.json", told)
+    assert "10 h 0 min with a machine" in push_model.cost_section(tmp_path)[0]
+    written_at = (tmp_path / "sessions.jsonl").stat().st_mtime
+    os.utime(tmp_path / "cost.json", (written_at - 1, written_at - 1))
+    assert push_model.cost_section(tmp_path) == summed
+    assert "10 h 0 min" not in summed[0]

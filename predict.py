@@ -21,7 +21,16 @@ from typing import Annotated, NoReturn
 import tyro
 from PIL import Image
 
-from utils import EXIT_FAILED, UserError, latest_run, parse_options, run_folder, run_stage
+from utils import (
+    EXIT_FAILED,
+    UserError,
+    latest_run,
+    log,
+    parse_options,
+    run_folder,
+    run_stage,
+    stale_export,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gradio_deploy"))
 
@@ -124,6 +133,8 @@ def main() -> None:
         session, export = classifier.load_export(folder)
     except classifier.ExportError as error:
         raise UserError(f"{error}: make it with python3 generate_trace_model.py") from None
+    if options.export is None and (complaint := stale_export(folder.parent, export)):
+        log.warning("%s", complaint)
     width = max(len(shown_name(file)) for file in files)
     refused = 0
     for file in files:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -630,6 +631,20 @@ def latest_run(runs_folder: str) -> str:
     if not configs:
         raise UserError(f"no run in {runs_folder}/ yet: start one with python3 trainer.py")
     return configs[-1].parent.name
+
+
+def stale_export(folder: Path, export: dict[str, Any]) -> str:
+    """A complaint if a run's weights are others than those that model.json says were exported.
+
+    Empty too where either is not known.
+    """
+    weights, sha256 = folder / f"{export.get('weights')}.pt", export.get("weights_sha256")
+    if not sha256 or not weights.is_file():
+        return ""
+    if hashlib.sha256(weights.read_bytes()).hexdigest() == sha256:
+        return ""
+    options = f"--name {folder.name} --weights {export['weights']}"
+    return f"{weights} is newer than the export: python3 generate_trace_model.py {options}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -45,6 +45,7 @@ from utils import (
     read_run,
     run_folder,
     run_stage,
+    stale_export,
     versions,
     write_json,
 )
@@ -137,6 +138,8 @@ def main() -> None:
     photos = image_files.open_image_set(options.photos or config.val_folder_name, "val")
     try:
         export, *_ = classifier.read_export(folder / "export")
+        if complaint := stale_export(folder, export):
+            raise UserError(complaint)
         model = load_weights(folder / f"{export['weights']}.pt", len(classes)).eval()
         files = exported(folder / "export", export)
     except (classifier.ExportError, ValueError, OSError, RuntimeError) as error:

@@ -409,6 +409,10 @@ def test_what_cannot_be_deployed(
     emulator: Emulator, command: Callable[..., str], tmp_path: Path
 ) -> None:
     export = tmp_path / "runs/first/export"
+    (export.parent / "best.pt").write_bytes(b"better weights")
+    said = "best.pt is newer than the export: python3 generate_trace_model.py --name first"
+    assert said in command("deploy", code=2)
+    (export.parent / "best.pt").unlink()
     (export / "model.onnx").write_bytes(b"another")
     assert "is not the file that model.json describes" in command("deploy", code=2)
     for described in ("[]", '{"formats": 5}', '{"formats": {"onnx": {}}}'):

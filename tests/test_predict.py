@@ -1,5 +1,6 @@
 """Photos classified on the command line: a table, JSON, and what cannot be used."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -72,6 +73,29 @@ def test_mistakes_get_one_line(runs: Path) -> None:
         assert (done.returncode, done.stdout) == (2, ""), arguments
         (line,) = [line for line in done.stderr.splitlines() if not line.startswith("asking the")]
         assert line.startswith("error: ") and words in line, line
+
+
+def test_an_export_of_older_weights_is_told(runs: Path) -> None:
+    path = runs / "tiny/export/model.json"
+    described = {**json.loads(path.read_text()), "weights": "last"}
+    described["weights_sha256"] = hashlib.sha256(b"the weights").hexdigest()
+    path.write_text(json.dumps(described))
+    warning = (
+        f"{runs}/tiny/last.pt is newer than the export: python3 generate_trace_model.py "
+        "--name tiny --weights last\n"
+    )
+    for weights, by, said in (
+        (None, "--name", ""),
+        (b"the weights", "--name", ""),
+        (b"better ones", "--name", warning),
+        (b"better ones", "--export", ""),
+    ):
+        if weights:
+            (runs / "tiny/last.pt").write_bytes(weights)
+        named = (by, "tiny" if by == "--name" else path.parent)
+        done = predict(runs, "photos/leaf.png", *named)
+        assert (done.returncode, done.stderr) == (0, said)
+        assert done.stdout.startswith("photos/leaf.png   green ")
 
 
 def test_odd_files_in_a_folder(runs: Path) -> None:

@@ -36,7 +36,15 @@ from cloud import Options, confirm
 from resources import PROJECT_TAG, tag_of
 from settings import REPOSITORY, Settings, check_settings
 
-from utils import UserError, latest_run, parse_options, read_json, run_folder, run_stage
+from utils import (
+    UserError,
+    latest_run,
+    parse_options,
+    read_json,
+    run_folder,
+    run_stage,
+    stale_export,
+)
 
 SOURCE = REPOSITORY / "lambda_deploy"
 RUNTIME, ARCHITECTURE = "python3.13", "x86_64"
@@ -99,7 +107,10 @@ class FunctionOptions:
 
 
 def find_export(options: Deploy) -> Path:
-    """The folder of a run's export whose model.onnx is the one in model.json; raises UserError."""
+    """The folder of a run's export whose model.onnx is the one in model.json; raises UserError.
+
+    Also where the run has other weights by now.
+    """
     name = options.name or latest_run(options.runs_folder)
     folder = run_folder(options.runs_folder, name) / "export"
     if not options.name:
@@ -114,6 +125,8 @@ def find_export(options: Deploy) -> Path:
         raise UserError(f"no {model}, or no model.json about it: make them with {advice}")
     if hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{model} is not the file that model.json describes: {advice}")
+    if complaint := stale_export(folder.parent, described):
+        raise UserError(complaint)
     return folder
 
 

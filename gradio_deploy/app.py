@@ -6,7 +6,7 @@ standard deviation, measured accuracy) and `examples/` (pictures, optional). It 
 there. Its address is Gradio's to choose: GRADIO_SERVER_NAME, GRADIO_SERVER_PORT. MODEL_CARD_URL and
 CODE_URL are what the page links to, MODEL_JSON_SHA256 pins the export; each may be left out.
 Uploads lie in GRADIO_TEMP_DIR, or in a temporary folder, in which all files are deleted after an
-hour.
+hour, and the oldest of more than 2 GB before.
 
 A file that is missing or does not belong to the others ends it with one line on stderr and exit
 code 2.
@@ -44,7 +44,8 @@ MAX_REQUEST_BYTES = 1_000_000  # of what is no upload: a question names a file, 
 MAX_WAITING = 32  # people in the queue; the next one is told that it is full
 MAX_SESSIONS = 1000  # visitors whose page Gradio remembers
 KEEP_FILES_S = 3600  # how long uploads and heat maps stay on the disk
-SWEEP_S = 180  # how often older ones are looked for
+KEEP_BYTES = 2_000_000_000  # of all together; the oldest go first
+SWEEP_S = 180  # how often what is beyond is looked for
 
 SHOWN_PX = 640  # longer side of the picture under the heat map
 # Dark to bright, so that it can be read without telling colours apart (after matplotlib's inferno).
@@ -169,28 +170,39 @@ def own_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="gradio-classifier-"))
 
 
-def delete_old_files(folder: Path, kept: list[str], age_s: float) -> None:
-    """Delete what has lain in the folder for so many seconds and is not kept.
+def delete_old_files(folder: Path, kept: list[str], age_s: float, most_bytes: int) -> None:
+    """Delete what has lain in the folder for so many seconds and is not kept, empty folders too.
 
-    Gradio's own deleting (`delete_cache`) ends for good where a file comes while it goes through
-    their names, and does not know of uploads that were broken off.
+    And the oldest files, where all together have more bytes than they may. Gradio's own deleting
+    (`delete_cache`) ends for good where a file comes while it goes through their names, and does
+    not know of uploads that were broken off.
     """
     for name in kept:
         with contextlib.suppress(OSError):
             os.utime(name)  # it is new again, also to another app that shares the folder
-    for place, _, names in os.walk(folder):
+    files = []
+    for place, _, names in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            # An upload's folder is empty for a moment; the one of all stays.
+            if Path(place) != folder and time.time() - os.stat(place).st_ctime > age_s:
+                os.rmdir(place)  # fails where something lies in it
         for name in names:
-            path = Path(place, name)
             with contextlib.suppress(OSError):
-                if time.time() - path.lstat().st_ctime > age_s:
-                    path.unlink()
+                found = os.lstat(path := Path(place, name))
+                files.append((found.st_ctime, found.st_size, path))
+    bytes_so_far = 0
+    for changed, size, path in sorted(files, reverse=True):
+        bytes_so_far += size
+        if time.time() - changed > age_s or bytes_so_far > most_bytes:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def keep_deleting_old_files(page: gr.Blocks) -> None:
     """Never returns. The copies of the examples stay, which Gradio made as it built the page."""
     while True:
         kept = [name for block in page.blocks.values() for name in block.keep_in_cache]
-        delete_old_files(Path(gr.utils.get_upload_folder()), kept, KEEP_FILES_S)
+        delete_old_files(Path(gr.utils.get_upload_folder()), kept, KEEP_FILES_S, KEEP_BYTES)
         time.sleep(SWEEP_S)
 
 

@@ -548,10 +548,39 @@ def test_old_files_are_deleted_and_those_that_are_kept_stay(
     time.sleep(1)
     files[3].write_bytes(b"x")
     for _ in range(2):
-        module.delete_old_files(tmp_path, [str(files[1]), str(tmp_path / "gone.png")], age_s=0.9)
+        module.delete_old_files(tmp_path, [str(files[1]), str(tmp_path / "gone.png")], 0.9, 10**9)
         left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
         assert left == ["b/example.png", "c/new.png"]
         assert not (tmp_path / "tmp1234").exists() and not (tmp_path / "a/dangling").is_symlink()
+
+
+def test_an_empty_folder_goes_once_it_is_old(module: ModuleType, tmp_path: Path) -> None:
+    """Not before: an upload's is empty for a moment."""
+    for name in ("empty", "used", "outer/inner"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "used/upload.png").write_bytes(b"x")
+    module.delete_old_files(tmp_path, [], 0.9, 10**9)
+    folders = [tmp_path / name for name in ("empty", "outer", "outer/inner", "used")]
+    assert all(folder.is_dir() for folder in folders)
+    time.sleep(1)
+    (tmp_path / "used/upload.png").touch()
+    module.delete_old_files(tmp_path, [], 0.9, 10**9)
+    # The outer one has changed just now, since it lost the inner one.
+    assert [folder.is_dir() for folder in folders] == [False, True, False, True]
+    time.sleep(1)
+    module.delete_old_files(tmp_path, [], 0.9, 10**9)
+    time.sleep(1)
+    module.delete_old_files(tmp_path, [], 0.9, 10**9)
+    assert list(tmp_path.iterdir()) == []  # and the folder itself stays
+
+
+def test_the_oldest_files_beyond_a_total_go(module: ModuleType, tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(4)]
+    for file in files:
+        file.write_bytes(bytes(100))
+        time.sleep(0.05)
+    module.delete_old_files(tmp_path, [str(files[0])], 3600, 250)
+    assert [file.exists() for file in files] == [True, False, False, True]
 
 
 def test_an_old_upload_goes_while_the_app_runs_and_its_examples_stay(

@@ -528,6 +528,9 @@ def _check_budget(config: Config) -> None:
 
 def run_stage(main: Callable[[], None]) -> None:
     """Call a stage's main; a mistake of its user ends it with one line on stderr, no traceback."""
+    with contextlib.suppress(AttributeError):  # it was closed before the start
+        # For names that are no UTF-8, and where the terminal's encoding lacks their letters.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -769,7 +772,6 @@ def commit() -> str:
 def start_log(path: Path | None) -> None:
     """Send the log to the screen and, where a path is given, to the end of that file."""
     log.setLevel(logging.DEBUG)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no UTF-8
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     # Lines of progress are debug messages: a terminal shows a bar in their place.
     handlers[0].setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)

@@ -136,6 +136,17 @@ def test_a_folder_that_may_not_be_read_is_told(runs: Path, monkeypatch: pytest.M
         list(find_pictures([runs.parent / "photos"]))
 
 
+def test_a_terminal_without_the_letters_of_a_class_gets_their_numbers(runs: Path) -> None:
+    path = runs / "tiny/export/model.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "labels": ["rouge", "vert forêt", "bleu"]}))
+    arguments = ("photos/leaf.png", "--top", "1", "--name", "tiny", "--runs-folder", runs)
+    environment = {"PYTHONIOENCODING": "ascii"}
+    done = run_stage_command("predict.py", *arguments, cwd=runs.parent, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"photos/leaf.png   vert for\xeat ")
+
+
 def test_who_reads_the_answers_may_stop(runs: Path) -> None:
     command = [sys.executable, REPOSITORY / "predict.py", "photos", "--runs-folder", runs]
     reading, writing = os.pipe()

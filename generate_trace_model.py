@@ -81,7 +81,7 @@ class Example(NamedTuple):
 
     path: Path  # in a store, what it would be if the store were a folder
     label: int
-    file_name: str  # in examples/
+    file_name: str  # in examples/; the class's own may be too long, or no text
     content: bytes  # of that file
 
 
@@ -228,7 +228,7 @@ def first_example(images: image_files.ImageSet, name: str, label: int) -> Exampl
         with contextlib.suppress(ValueError, OSError):
             path, content = images.path(index), bytes(images.read(index)[0])
             suffix, content = for_browsers(path.suffix.lower(), content)
-            return Example(path, label, f"{name}{suffix}", content)
+            return Example(path, label, f"{label:04}{suffix}", content)
     return None
 
 

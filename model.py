@@ -95,13 +95,21 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
 
 
 def human_names(classes: tuple[str, ...]) -> list[str]:
-    """Names that a person reads: ImageNet's for its folders, else the folders' own."""
+    """Names that a person reads: ImageNet's for its folders, else the folders' own.
+
+    Bytes of a folder's name that are no text are written out.
+    """
     import torchvision  # late, as above
 
     if is_imagenet_1k(classes):
         return list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     imagenette = torchvision.datasets.Imagenette._WNID_TO_CLASS
-    return [imagenette[name][0] if name in imagenette else name for name in classes]
+    return [
+        imagenette[name][0]
+        if name in imagenette
+        else name.encode(errors="backslashreplace").decode()
+        for name in classes
+    ]
 
 
 def is_imagenet_1k(classes: Sequence[str]) -> bool:

@@ -104,7 +104,10 @@ def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
     about = timm_config(config, list(classes))
     return {
         "README.md": write_card(folder, repo, weights, record, accuracy).encode(),
-        "config.json": (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode(),
+        # Bytes of names that are no text become JSON's own escapes, which are read as they were.
+        "config.json": (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode(
+            errors="backslashreplace"
+        ),
         "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
         "training_metrics.png": picture.getvalue(),
     }
@@ -156,7 +159,8 @@ def data_name(config: Config, classes: list[str], row: dict[str, Any]) -> str:
         whole = (row["train_images"], row["val_images"]) == IMAGENET_IMAGES
         return "ImageNet-1k" if whole else "a part of ImageNet-1k"
     labels = human_names(tuple(classes))
-    if all(label != name for label, name in zip(labels, classes, strict=True)):
+    named = zip(labels, classes, strict=True)
+    if all(is_wordnet_id(name) and label != name for label, name in named):
         return "Imagenette"
     if config.train_folder_name == RECIPES["quickstart"].config.train_folder_name:
         return "scikit-learn's handwritten digits"

@@ -102,7 +102,7 @@ def test_the_command_prints_and_writes_what_the_readme_says(runs: Path, tmp_path
     for path in (tmp_path / "app/examples").iterdir():
         with torch.inference_mode():
             answer = traced(transforms(Image.open(path).convert("RGB"))[None]).softmax(1)[0]
-        said = re.search(rf"/{path.stem}/.*: class_(\d), (\S+) %", done.stdout)
+        said = re.search(rf"/class_{int(path.stem)}/.*: class_(\d), (\S+) %", done.stdout)
         # A grey level of rounding may separate the two ways to resize.
         assert abs(float(answer[int(said[1])]) - float(said[2]) / 100) < 0.005
 
@@ -331,7 +331,7 @@ def test_examples_come_from_a_store_too(runs: Path, tmp_path: Path) -> None:
     images = image_files.open_image_set(str(store), "val")
     for folder in (tmp_path / "app", runs / "tiny/export"):
         paths = sorted((folder / "examples").iterdir())
-        assert [path.name for path in paths] == ["class_0.png", "class_1.jpg", "class_2.jpg"]
+        assert [path.name for path in paths] == ["0000.png", "0001.jpg", "0002.jpg"]
         formats = [Image.open(path).format for path in paths]
         assert formats == ["PNG", "JPEG", "JPEG"]
         assert (
@@ -351,11 +351,31 @@ def test_an_example_that_cannot_be_read_gives_way_to_the_next(tmp_path: Path) ->
     classes = ("class_0", "class_1", "class_9")  # the last has no pictures any more
     examples = generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 3)
     assert [(example.label, example.file_name) for example in examples] == [
-        (0, "class_0.jpg"),
-        (1, "class_1.jpeg"),
+        (0, "0000.jpg"),
+        (1, "0001.jpeg"),
     ]
     assert examples[1].content == second.with_suffix(".JPEG").read_bytes()
     assert generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 0) == []
+
+
+def test_a_class_may_have_any_name_that_a_folder_may_have(runs: Path, tmp_path: Path) -> None:
+    """Bytes that are no text, and as long as a file system allows; what is written is text."""
+    names = ["caf\udce9", 253 * "x"]
+    copy = tmp_path / "runs/tiny"
+    shutil.copytree(runs / "tiny", copy, ignore=shutil.ignore_patterns("export"))
+    record = json.loads((copy / "config.json").read_text())
+    record["config"]["val_folder_name"] = str(tmp_path / "val")
+    record["classes"] = [*names, "class_2"]
+    (copy / "config.json").write_text(json.dumps(record))
+    for label, name in enumerate(names):
+        shutil.copytree(runs / f"images/val/class_{label}", tmp_path / "val" / name)
+    done = export(copy.parent, tmp_path, "--formats", "torchscript")
+    assert done.returncode == 0, done.stderr
+    described = json.loads((copy / "export/model.json").read_text())
+    assert described["classes"] == record["classes"]
+    assert described["labels"] == [r"caf\udce9", 253 * "x", "class_2"]
+    examples = sorted(path.name for path in (copy / "export/examples").iterdir())
+    assert examples == ["0000.jpg", "0001.jpg"]
 
 
 def test_unequal_outputs_are_refused_and_nothing_is_written(

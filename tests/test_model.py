@@ -140,4 +140,4 @@ def test_labels_are_english_for_imagenets_folders() -> None:
         "English springer",
         "parachute",
     ]
-    assert human_names(("0", "1")) == ["0", "1"]
+    assert human_names(("0", "caf\udce9", "café")) == ["0", r"caf\udce9", "café"]

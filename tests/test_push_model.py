@@ -383,6 +383,19 @@ def test_timm_resizes_to_what_validation_does() -> None:
             assert push_model.math.floor(px / about["crop_pct"]) == resize_px
 
 
+def test_classes_whose_names_are_no_text_are_sent_as_they_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    record = json.loads((run / "config.json").read_text())
+    record["classes"] = classes = ["caf\udce9", "na\udcefve", "\udcff"]
+    (run / "config.json").write_text(json.dumps(record))
+    files = push_model.make_files(run, "user/tiny", "best")
+    about = json.loads(files["config.json"])
+    assert about["label_names"] == classes
+    assert about["label_descriptions"][classes[0]] == r"caf\udce9"
+    card = files["README.md"].decode()
+    assert r"a data set of its own, 3 classes (caf\udce9, na\udcefve, \udcff)" in card
+
+
 def test_the_card_names_only_what_it_knows(run: Path) -> None:
     wnids = timm.data.ImageNetInfo().label_names()
     whole = {"train_images": 1_281_167, "val_images": 50_000}

@@ -160,14 +160,15 @@ def own_folder() -> Path:
     The same at each start, if it can be. Not the folder that all of a user's Gradio apps share:
     what is old in it is deleted.
     """
-    own = Path(tempfile.gettempdir(), f"gradio-classifier-{os.getuid()}")
+    shared = Path(tempfile.gettempdir()).resolve()  # where that is a link itself, as on macOS
+    own = shared / f"gradio-classifier-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         own.mkdir(0o700)
     found = own.lstat()  # of a link itself: anybody may have put one there
     is_private = found.st_uid == os.getuid() and not found.st_mode & 0o077
     if stat.S_ISDIR(found.st_mode) and is_private:
         return own
-    return Path(tempfile.mkdtemp(prefix="gradio-classifier-"))
+    return Path(tempfile.mkdtemp(prefix="gradio-classifier-", dir=shared))
 
 
 def delete_old_files(folder: Path, kept: list[str], age_s: float, most_bytes: int) -> None:

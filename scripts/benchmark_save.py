@@ -70,7 +70,8 @@ def main() -> None:
     config = Config(batch_size=batch_size, train_px=options.px)
     check_config(config)
     run = engine.new_run(config, 1000)
-    run.best = checkpoint.on_cpu(run.model.model.state_dict(), copy=True)  # as after an epoch
+    # As within the second epoch.
+    run.best, run.epoch_s = checkpoint.on_cpu(run.model.model.state_dict(), copy=True), 1.0
     run.model.train()
     random = torch.Generator().manual_seed(0)
     shape = (batch_size, options.px, options.px, 3)

@@ -324,13 +324,17 @@ class Machines:
         ]
 
     def _write_ssh_config(self) -> Path:
-        """ssh's way into a machine: an sshd of its own for each connection, on its input."""
+        """ssh's way into a machine: an sshd of its own for each connection, on its input.
+
+        As a real one, it is there once systemd is.
+        """
         script = self.folder / "connect.sh"
         here = f"{self.folder}/addresses"
         script.write_text(
             f'#!/bin/bash\nmachine=$(readlink -e "{here}/$1") || exit 1\n'
             'exec nsenter --target "$(cat "$machine/pid")" --mount --pid --net --cgroup '
-            '--uts --ipc /usr/sbin/sshd -i -f "$machine/sshd_config"\n'
+            "--uts --ipc bash -c 'until [ -S /run/systemd/private ]; do sleep 0.1; done; exec "
+            '/usr/sbin/sshd -i -f "$0"\' "$machine/sshd_config"\n'
         )
         script.chmod(0o755)
         config = self.folder / "ssh_config"

@@ -596,7 +596,7 @@ def test_too_small_a_disk_is_refused(folder: Path) -> None:
         capture_output=True,
         text=True,
     )
-    check_refused(done.returncode, done.stderr, f"{disk} has 31", " MB free", "needs 922 MB")
+    check_refused(done.returncode, done.stderr, f"{disk} has 31", " MB free", "needs 1,229 MB")
     assert done.stdout.splitlines()[-1].endswith(" s"), "the disk is still empty"
     assert tree(folder) == before
 

@@ -262,7 +262,7 @@ def test_too_few_open_files_are_told_before_training(settings: Settings) -> None
 # A disk of its own, filled once a checkpoint is on it, and emptied again.
 FULL_DISK = """
 set -eu
-mount -t tmpfs -o size=1000m tmpfs "$DISK"
+mount -t tmpfs -o size=1400m tmpfs "$DISK"
 "$@" & trainer=$!
 while ! ls "$DISK"/runs/run/checkpoints/epochs-*.pt >/dev/null 2>&1; do sleep 0.05; done
 dd if=/dev/zero of="$DISK/filler" bs=1M 2>/dev/null || true

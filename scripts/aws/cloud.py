@@ -451,7 +451,9 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
     machine = log_in(aws, settings, instance_id)
     wanted = instance_env(aws, settings, instance_id, runs)
     # It starts with the machine, with the settings that it had.
-    if machine.ask("systemctl is-active resnet50-trainer") in ("active", "activating"):
+    unit = "resnet50-trainer.service"
+    state = machine.ask(f"systemctl is-active {unit} || systemctl list-jobs {unit}")
+    if state == "active" or " start " in state:  # it starts, or soon will
         has = machine.ask(f"cat {FOLDER}/aws-instance.env")
         if _without_price(has) == _without_price(wanted.decode()):
             print("training runs: see it with watch")

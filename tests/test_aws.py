@@ -602,11 +602,13 @@ def test_what_is_started_to_fetch_is_stopped_if_that_is_broken_off(
     ec2.stop_instances(InstanceIds=[reservation["Instances"][0]["InstanceId"]])
     emulator.clear()
     with subprocess.Popen(
-        [sys.executable, REPOSITORY / "scripts" / "aws" / "cloud.py", "fetch", "--yes"],
+        # Whoever runs the tests by nohup ignores SIGHUP, and so would this.
+        [
+            *("env", "--default-signal=HUP", sys.executable),
+            *(REPOSITORY / "scripts" / "aws" / "cloud.py", "fetch", "--yes"),
+        ],
         env={**environment, "RESNET50_SSH_OPTIONS": "-o ProxyCommand=false"},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # Whoever runs the tests by nohup ignores it, and so would this.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as fetching:  # fmt: skip
         wait_for(lambda: emulator.calls("StartInstances"))
         fetching.send_signal(number)

@@ -453,7 +453,7 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
     # It starts with the machine, with the settings that it had.
     unit = "resnet50-trainer.service"
     state = machine.ask(f"systemctl is-active {unit} || systemctl list-jobs {unit}")
-    if state == "active" or " start " in state:  # it starts, or soon will
+    if state.startswith(("active", "activating")) or " start " in state:  # or soon will be
         has = machine.ask(f"cat {FOLDER}/aws-instance.env")
         if _without_price(has) == _without_price(wanted.decode()):
             print("training runs: see it with watch")

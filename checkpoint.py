@@ -41,7 +41,7 @@ _NAME = re.compile(rf"epochs-(\d{{3,}})-step-(\d{{8,}})-([0-9a-f]{{{HASH_DIGITS}
 def encode(state: Any) -> bytes:
     """A value as the bytes that torch.load reads; tensors of any device."""
     buffer = io.BytesIO()
-    torch.save(on_cpu(state), buffer)  # a file with tensors of a GPU opens only where there is one
+    torch.save(_on_cpu(state), buffer)  # a file with tensors of a GPU opens only where there is one
     return buffer.getvalue()
 
 
@@ -168,12 +168,14 @@ def write_weights(folder: Path, state: dict[str, Any]) -> None:
     Only once that is on the disk: another attempt at an epoch may come out otherwise, and the
     weights have to be those of the row that stays.
     """
-    weights = {"best.pt": state.get("best")}
+    files = {}
+    if state.get("best") is not None:
+        files["best.pt"] = state["best"].numpy().tobytes()
     if state["history"] and not state["epoch_s"]:
-        weights["last.pt"] = state["average"] or state["model"]
-    for name, tensors in weights.items():
-        content, path = tensors and encode(tensors), folder / name
-        if content and not (path.is_file() and path.read_bytes() == content):
+        files["last.pt"] = encode(state["average"] or state["model"])
+    for name, content in files.items():
+        path = folder / name
+        if not (path.is_file() and path.read_bytes() == content):
             write_atomically(path, content)
 
 
@@ -193,7 +195,7 @@ class BackgroundSaver:
     def save(self, state: dict[str, Any]) -> None:
         """Start to save; waits for the save before it and raises what that one ran into."""
         self.wait()
-        self._underway = self._thread.submit(self._save, on_cpu(state, copy=True))
+        self._underway = self._thread.submit(self._save, _on_cpu(state, copy=True))
 
     def _save(self, state: dict[str, Any]) -> None:
         save(self.folder / "checkpoints", state)
@@ -213,14 +215,14 @@ class BackgroundSaver:
             underway.result()
 
 
-def on_cpu(value: Any, copy: bool = False) -> Any:
+def _on_cpu(value: Any, copy: bool = False) -> Any:
     """The same nested dicts and lists with their tensors on the CPU, as copies if asked."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: on_cpu(item, copy) for key, item in value.items()}
+        return {key: _on_cpu(item, copy) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(on_cpu(item, copy) for item in value)
+        return type(value)(_on_cpu(item, copy) for item in value)
     return value
 
 

@@ -69,7 +69,7 @@ class Run:
     compiled_batch_size: int = 0
     step: int = 0  # optimizer steps since the beginning
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
-    best: dict[str, torch.Tensor] | None = None  # weights of the best epoch so far, on the CPU
+    best: torch.Tensor | None = None  # best.pt as it is to be: the bytes, of the best epoch so far
     epoch_s: float = 0.0  # seconds of training in the epoch under way
     elapsed_s: float = 0.0  # seconds of training and validation in all
     spent_usd: float = 0.0  # price of all starts so far

@@ -228,7 +228,10 @@ def finish_epoch(
     }
     improved = row["val_top1"] > max((row["val_top1"] for row in run.history), default=-1.0)
     if improved:
-        run.best = checkpoint.on_cpu(run.kept.model.state_dict(), copy=True)
+        # In one piece, since many small ones would stay between what is freed.
+        run.best = torch.frombuffer(
+            bytearray(checkpoint.encode(run.kept.model.state_dict())), dtype=torch.uint8
+        )
     run.history.append(row)
     run.elapsed_s += val_s
     run.epoch_s = 0.0

@@ -71,7 +71,8 @@ def main() -> None:
     check_config(config)
     run = engine.new_run(config, 1000)
     # As within the second epoch.
-    run.best, run.epoch_s = checkpoint.on_cpu(run.model.model.state_dict(), copy=True), 1.0
+    weights = bytearray(checkpoint.encode(run.model.model.state_dict()))
+    run.best, run.epoch_s = torch.frombuffer(weights, dtype=torch.uint8), 1.0
     run.model.train()
     random = torch.Generator().manual_seed(0)
     shape = (batch_size, options.px, options.px, 3)

@@ -88,7 +88,12 @@ def test_background_saving_keeps_the_state_of_the_moment(tmp_path: Path) -> None
 def test_weights_are_those_that_a_checkpoint_stands_for(tmp_path: Path) -> None:
     """best.pt is what the run has for its best, last.pt that of the last epoch that has ended."""
     saver = checkpoint.BackgroundSaver(tmp_path)
-    ended = {**make_state(3, epochs=1), "best": {"weight": torch.tensor(1)}}
+
+    def encoded(weight: int) -> torch.Tensor:
+        content = checkpoint.encode({"weight": torch.tensor(weight)})
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    ended = {**make_state(3, epochs=1), "best": encoded(1)}
 
     def kept(**changed: object) -> list[int]:
         saver.save({**ended, **changed})
@@ -110,7 +115,7 @@ def test_weights_are_those_that_a_checkpoint_stands_for(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").touch()
     with pytest.raises(NotADirectoryError):
-        kept(best={"weight": torch.tensor(5)})
+        kept(best=encoded(5))
     assert weights() == [1, 3]
 
     # Going on within an epoch, best.pt is mended, of whatever attempt it was, or if it is lost.

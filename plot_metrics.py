@@ -184,12 +184,11 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
         named, kinds = shown[1:], shown[0][2:]
     styles = [(name, val_style) for name, _, _, val_style in named]
     styles += zip(("training", "validation"), kinds, strict=True)
+    widest = max(len(label) for label, _ in styles)
     figure.legend(
         handles=[Line2D([], [], label=label, **style) for label, style in styles],
         loc="outside lower center",
-        ncols=max(
-            1, 120 // (max(len(label) for label, _ in styles) + 6)
-        ),  # about 120 letters fit side by side
+        ncols=max(1, 120 // (widest + 6)),  # about 120 letters fit side by side
     )
     top1, name = max((max(curves["val_top1"]), name) for name, curves in runs.items())
     name = name if len(name) <= 60 else f"{name[:59]}…"  # what the title has room for

@@ -647,7 +647,7 @@ def stale_export(folder: Path, export: dict[str, Any]) -> str:
     if hashlib.sha256(weights.read_bytes()).hexdigest() == sha256:
         return ""
     options = f"--name {folder.name} --weights {export['weights']}"
-    return f"{weights} is newer than the export: python3 generate_trace_model.py {options}"
+    return f"{weights} is not what was exported: python3 generate_trace_model.py {options}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

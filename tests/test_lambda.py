@@ -410,7 +410,7 @@ def test_what_cannot_be_deployed(
 ) -> None:
     export = tmp_path / "runs/first/export"
     (export.parent / "best.pt").write_bytes(b"better weights")
-    said = "best.pt is newer than the export: python3 generate_trace_model.py --name first"
+    said = "best.pt is not what was exported: python3 generate_trace_model.py --name first"
     assert said in command("deploy", code=2)
     (export.parent / "best.pt").unlink()
     (export / "model.onnx").write_bytes(b"another")

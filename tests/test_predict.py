@@ -81,7 +81,7 @@ def test_an_export_of_older_weights_is_told(runs: Path) -> None:
     described["weights_sha256"] = hashlib.sha256(b"the weights").hexdigest()
     path.write_text(json.dumps(described))
     warning = (
-        f"{runs}/tiny/last.pt is newer than the export: python3 generate_trace_model.py "
+        f"{runs}/tiny/last.pt is not what was exported: python3 generate_trace_model.py "
         "--name tiny --weights last\n"
     )
     for weights, by, said in (

@@ -10,7 +10,6 @@ import hashlib
 import math
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import load_weights
+from model import load_weights, names_in
 from utils import MEAN, STD, UserError, is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gradio_deploy"))
@@ -39,11 +38,12 @@ def kind_of(path: Path) -> str:
     if kind is None:
         raise UserError(f"--model {path} is none of .pt, .onnx and .pt2, which are read here")
     if kind == "weights":
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is damaged, or not PyTorch's: bring back a copy")
-        with zipfile.ZipFile(path) as file:
-            if any("/code/" in name for name in file.namelist()):
-                return "torchscript"
+        try:
+            names = names_in(path)
+        except ValueError:
+            raise UserError(f"{path} is damaged, or not PyTorch's: bring back a copy") from None
+        if any("/code/" in name for name in names):
+            return "torchscript"
     return kind
 
 

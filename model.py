@@ -4,6 +4,7 @@ python3 model.py        prints the layer table at 3x224x224: 174 rows, 25,557,03
 """
 
 import dataclasses
+import errno
 import hashlib
 import pickle
 import zipfile
@@ -66,6 +67,22 @@ def _blur(convolution: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Te
     return torch.nn.functional.avg_pool2d(corners, 2, stride=stride)
 
 
+def names_in(path: Path, check: bool = False) -> list[str]:
+    """The names in a file of torch.save's; with `check` after a look at its checksums.
+
+    PyTorch does not look at them. Raises ValueError if it is damaged, and OSError.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if not check or file.testzip() is None:
+                return file.namelist()
+    except Exception as error:  # a broken archive raises errors of many kinds
+        # It may also point to a place before its beginning, which is no error of the disk.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+    raise ValueError(f"{path} is damaged: its content is not what was saved")
+
+
 def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     """A model with the weights of a file, which bear torchvision's own names; on the CPU.
 
@@ -73,15 +90,7 @@ def load_weights(path: Path, num_classes: int) -> ResNet50Wrapper:
     and kept: averaged, where the run averages.
     Raises ValueError if the file is damaged, or is of another model or number of classes.
     """
-    try:
-        with zipfile.ZipFile(path) as file:  # its checksums, at which PyTorch does not look
-            damaged = file.testzip() is not None
-    except OSError:
-        raise
-    except Exception:  # a broken archive raises errors of many kinds
-        damaged = True
-    if damaged:
-        raise ValueError(f"{path} is damaged: its content is not what was saved")
+    names_in(path, check=True)
     try:  # what holds more than tensors is not unpickled, for it may be a program
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "optimizer" in state:

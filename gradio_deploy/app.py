@@ -31,6 +31,11 @@ try:  # a Space has this package; where it runs on ZeroGPU, it must come before 
 except ImportError:
     spaces = None
 
+# Else Gradio's import ends with a traceback.
+if not os.environ.get("GRADIO_SERVER_PORT", "0").isdecimal():
+    print("error: GRADIO_SERVER_PORT is no number", file=sys.stderr)
+    raise SystemExit(2)
+
 import gradio as gr
 import numpy as np
 import onnxruntime
@@ -288,7 +293,7 @@ def make_page(
             f"in the model, {all_ms - read_ms - model_ms:.0f} ms for the rest."
         )
         if explained:
-            took += f" Bright places below speak for **{names[label]}**."
+            took += f" Bright places below speak for **{classifier.as_text(names[label])}**."
         return dict(zip(names, classifier.softmax(logits).tolist(), strict=True)), took, heat
 
     def explain(upload: Any, choice: gr.SelectData) -> tuple[str, Image.Image]:
@@ -306,7 +311,8 @@ def make_page(
         delete_cache=(10**9, 10**9),  # in seconds: at the app's end only, then whatever is left
     ) as page:
         gr.Markdown(
-            f"# {export['name']}\nSays which of {len(names):,} classes a picture shows. "
+            f"# {classifier.as_text(export['name'])}\n"
+            f"Says which of {len(names):,} classes a picture shows. "
             f"On {export['val_images']:,} validation pictures {accuracy} "
             f"({export['weights']} weights, epoch {export['epoch']})."
         )
@@ -379,7 +385,7 @@ def main() -> None:
     except classifier.ExportError as error:
         print(f"error: {error}: run `python3 generate_trace_model.py` first", file=sys.stderr)
         raise SystemExit(2) from None
-    if "GRADIO_TEMP_DIR" not in os.environ:
+    if not os.environ.get("GRADIO_TEMP_DIR"):
         os.environ["GRADIO_TEMP_DIR"] = str(own_folder())
     page = make_page(session, export, FOLDER)
     threading.Thread(target=keep_deleting_old_files, args=(page,), daemon=True).start()

@@ -225,3 +225,8 @@ def class_names(export: dict[str, Any]) -> list[str]:
         label if times[label] == 1 else f"{label} ({class_id})"
         for label, class_id in zip(export["labels"], export["classes"], strict=True)
     ]
+
+
+def as_text(name: str) -> str:
+    """Markdown that shows a name as it is, whatever stands in it."""
+    return re.sub(r"[&<>*_`\[\]\\~$#|:@]", lambda sign: f"&#{ord(sign[0])};", name.strip())

@@ -34,7 +34,9 @@ import safetensors.torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "gradio_deploy"))
 
+import classifier
 import cost_report
 import pushing
 
@@ -193,7 +195,7 @@ def write_card(
     machine = hardware.get("gpu") or hardware.get("cpu") or "a machine that was not recorded"
     parts = [
         card_head(name, data, accuracy, config.blurpool),
-        f"# {name}",
+        f"# {classifier.as_text(name)}",
         f"{network}, trained from scratch on {data}: {state}, on "
         f"{machine}. `model.safetensors` has the weights of epoch {accuracy['epoch']} "
         f"({weights}), in float32 under torchvision's names.",
@@ -263,7 +265,7 @@ def torchvision_example(repo: str, config: Config, classes: list[str]) -> str:
     return f"""\
 import json, safetensors.torch, torch, torchvision
 from huggingface_hub import hf_hub_download
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 prepare = transforms.Compose([
@@ -273,7 +275,8 @@ prepare = transforms.Compose([
 model = torchvision.models.resnet50(num_classes={len(classes)}).eval()
 {BLUR * config.blurpool}weights = hf_hub_download("{repo}", "model.safetensors")
 model.load_state_dict(safetensors.torch.load_file(weights))
-logits = model(prepare(Image.open("photo.jpg").convert("RGB"))[None])
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+logits = model(prepare(photo)[None])
 about = json.load(open(hf_hub_download("{repo}", "config.json")))
 name = about["label_names"][logits.argmax().item()]
 print(about.get("label_descriptions", {{}}).get(name, name))
@@ -284,11 +287,12 @@ def timm_example(repo: str) -> str:
     """The same with timm."""
     return f"""\
 import timm
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(prepare(Image.open("photo.jpg").convert("RGB"))[None])
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+logits = model(prepare(photo)[None])
 print(model.pretrained_cfg["label_names"][logits.argmax().item()])
 """
 
@@ -296,7 +300,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax().item()])
 def data_section(data: str, classes: list[str], row: dict[str, Any]) -> str:
     """What it was trained and measured on."""
     labels = human_names(tuple(classes))
-    some = ", ".join(labels[:20]) + ", …" * (len(labels) > 20)
+    some = ", ".join(map(classifier.as_text, labels[:20])) + ", …" * (len(labels) > 20)
     return (
         f"## Data\n\nTrained on {row['train_images']:,} images, measured on {row['val_images']:,} "
         f"others: {data}, {len(classes):,} classes ({some}). `config.json` names them all, in the "

@@ -76,6 +76,9 @@ def make_files(folder: Path) -> dict[str, bytes]:
         for path in (folder / "examples").glob("[!.]*")
         if path.suffix.lower() in PICTURES and path.is_file()
     )
+    for path in pictures:
+        if not path.name.isprintable():  # bytes that are no UTF-8 are not, for Python
+            raise UserError(f"rename {path}: a hub takes names of plain text alone")
     return {
         **{name: (folder / name).read_bytes() for name in (*APP_FILES, "model.json")},
         model.name: content,

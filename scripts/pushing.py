@@ -13,10 +13,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mirror
-from utils import EXIT_FAILED, UserError
+from utils import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
 NO_FILES = {".gitattributes"}  # what a hub puts into every new repo
 NO_APP = {"README.md"}  # and into a new Space
+REFUSED = {413, 415, 422}  # what the same command will be answered again
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -55,22 +56,25 @@ def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[Non
         yield
     except UserError:
         raise
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; {done_so_far}", EXIT_INTERRUPTED) from None
     except Exception as raised:  # httpx's, huggingface_hub's, hf_xet's and the system's
         if str(raised).startswith("Invalid metadata in README.md"):  # what a hub says of its YAML
             raise UserError(f"{raised}; {done_so_far}", EXIT_FAILED) from None
         # Of a large file's upload the hub's answer is only the cause.
         error = raised.__cause__ if isinstance(raised.__cause__, Exception) else raised
         status = getattr(getattr(error, "response", None), "status_code", None)
+        told = mirror.in_words(error)
         advice = {
             401: "the hub does not know this token: give `hf auth login` or HF_TOKEN a new one",
             402: "the hub wants to be paid for it: a Gradio Space on the free CPU needs PRO, see "
             "https://huggingface.co/pricing",
             403: f"this token may not write to {repo}: make one that may, at {TOKENS_PAGE}, or "
             "name another repo",
+            **dict.fromkeys(REFUSED, f"the hub does not take it ({told})"),
         }.get(
             status,
-            f"the hub is out of reach or out of order ({mirror.in_words(error)}): try the same "
-            "command again later",
+            f"the hub is out of reach or out of order ({told}): try the same command again later",
         )
         raise UserError(f"{advice}; {done_so_far}", EXIT_FAILED) from None
 
@@ -102,6 +106,7 @@ def push(
             found = None
     there = files_of(found)
     changed = differing(files, there)
+    stays = "; it stays private, as it was" * (found is not None and found.private and public)
     others = sorted(there.keys() - files.keys())
     removed = others if is_space else []
     if found is not None:
@@ -110,7 +115,7 @@ def push(
                 f"{repo} is public: give --public, or name another repo; nothing was sent"
             )
         if not changed and not removed:
-            return f"nothing was sent: {address} is up to date"
+            return f"nothing was sent: {address} is up to date{stays}"
         if there.keys() - (NO_APP if is_space else set()):
             changes = {
                 "replaced": [name for name in changed if name in there],
@@ -136,14 +141,16 @@ def push(
             f"the hub did not take {', '.join(missing)}: look at .gitignore in {address}",
             EXIT_FAILED,
         )
-    return f"sent to {address}"
+    return f"sent to {address}{stays}"
 
 
 def check_permission(hub: Any, api: Any, repo: str) -> None:
     """Raise UserError unless there is a token that may write and that belongs to the owner."""
-    if hub.get_token() is None:
+    token = hub.get_token()
+    if token is None or not token.isascii():
+        what = "no token" if token is None else "the token has letters that no hub's token has"
         raise UserError(
-            "no token: give `hf auth login` one that may write, or set HF_TOKEN; they are made at "
+            f"{what}: give `hf auth login` one that may write, or set HF_TOKEN; they are made at "
             f"{TOKENS_PAGE}"
         )
     owner = repo.partition("/")[0]

@@ -12,9 +12,11 @@ from PIL import Image
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 INPUT_PX, RESIZE_PX = 32, 40
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)  # unequal, so that a mix-up of channels shows
+# Each of its signs would mean something in Markdown or HTML.
+NAME = "__top*half*__ <b>&amp; `colour` [1](x) #2 $3$"
 METADATA = {
     "format": 1,
-    "name": "top_half_colour",
+    "name": NAME,
     "classes": ["n01", "n02", "n03"],
     "labels": ["red", "green", "blue"],
     "input_px": INPUT_PX,

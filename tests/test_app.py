@@ -33,7 +33,7 @@ import gradio_client
 import numpy as np
 import pytest
 from conftest import run_stage_command
-from exports import BLUE, GREEN, INPUT_PX, MEAN, RED, STD, write_top_half_colour
+from exports import BLUE, GREEN, INPUT_PX, MEAN, NAME, RED, STD, write_top_half_colour
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
@@ -245,7 +245,7 @@ def test_a_red_picture_is_red(page: Page, tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_was_measured(page: Page) -> None:
-    expect(page.get_by_role("heading", name="top_half_colour")).to_be_visible()
+    expect(page.get_by_role("heading", name=NAME, exact=True)).to_be_visible()
     expect_text(page, re.compile(r"which of 3 classes.*1,234 validation pictures.*81\.25 %"))
     expect(page.get_by_text("first five")).to_have_count(0)  # of three classes: always right
 

@@ -533,6 +533,9 @@ def broken(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     (folder / "runs/cut/last.pt").write_bytes(content[:-5000] + b"x" * 10 + content[-4990:])
     torch.save(torch.nn.Linear(2, 2), folder / "runs/cut/whole.pt")
     torch.save({"state_dict": {}}, folder / "runs/cut/foreign.pt")
+    (folder / "runs/cut/headless.pt").write_bytes(content[5000:])
+    index = content.rindex(b"PK\1\2")
+    (folder / "runs/cut/index.pt").write_bytes(content[:index] + b"X" + content[index + 1 :])
     (folder / "runs/cut/pickle.pt").write_bytes(pickle.dumps({"a": 1}))
     with zipfile.ZipFile(folder / "runs/cut/letters.pt", "w") as file:
         file.writestr("letters.txt", "no weights")
@@ -565,6 +568,8 @@ TINY = ("--runs-folder", "{runs}")
         (("--model", "runs/cut/whole.pt"), "whole.pt has not the weights of a ResNet-50 with 7"),
         (("--model", "runs/cut/foreign.pt"), "foreign.pt has not the weights of a ResNet-50"),
         (("--model", "runs/cut/pickle.pt"), "pickle.pt is damaged"),
+        (("--model", "runs/cut/headless.pt"), "headless.pt is damaged"),
+        (("--model", "runs/cut/index.pt"), "index.pt is damaged"),
         (("--model", "runs/cut/letters.pt"), "letters.pt has not the weights of a ResNet-50"),
         (("--model", "runs/cut/model.h5"), "model.h5 is none of .pt, .onnx and .pt2"),
         (("--model", "lonely.h5"), "lonely.h5 is none of .pt, .onnx and .pt2"),

@@ -299,7 +299,7 @@ def make_wheel(folder: Path, name: str, version: str, tag: str, extra: str) -> N
 
 def write_model(export: Path, content: bytes) -> None:
     (export / "model.onnx").write_bytes(content)
-    described = {"onnx": {"sha256": hashlib.sha256(content).hexdigest()}}
+    described = {"onnx": {"file": "model.onnx", "sha256": hashlib.sha256(content).hexdigest()}}
     (export / "model.json").write_text(json.dumps({**METADATA, "formats": described}))
 
 
@@ -415,16 +415,26 @@ def test_what_cannot_be_deployed(
     (export.parent / "best.pt").unlink()
     (export / "model.onnx").write_bytes(b"another")
     assert "is not the file that model.json describes" in command("deploy", code=2)
-    for described in ("[]", '{"formats": 5}', '{"formats": {"onnx": {}}}'):
-        (export / "model.json").write_text(described)
-        assert "no model.json about it" in command("deploy", code=2)
+    described = (export / "model.json").read_text()
+    for wrong, said in {
+        "[]": "is not of format 1",
+        described.replace('"format": 1', '"format": 0'): "is not of format 1",
+        described.replace('"labels"', '"labelz"'): "model.json has no labels: python3 generate_",
+    }.items():
+        (export / "model.json").write_text(wrong)
+        assert said in command("deploy", code=2)
+    for bucket in ("s3://my-bucket", "my-bucket/holiday", "*"):
+        said = f"image_bucket is '{bucket}': it must be a bucket's name alone"
+        assert said in command("deploy", "--image-bucket", bucket, code=2)
     (export / "model.onnx").unlink()
     assert "python3 generate_trace_model.py --name first" in command("deploy", code=2)
     with open(export / "model.onnx", "wb") as file:
         file.truncate(250 * 2**20)
     with open(export / "model.onnx", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    (export / "model.json").write_text(json.dumps({"formats": {"onnx": {"sha256": digest}}}))
+    (export / "model.json").write_text(
+        json.dumps(METADATA | {"formats": {"onnx": {"file": "model.onnx", "sha256": digest}}})
+    )
     assert "deploy a container image" in command("deploy", code=2)
     write_model(export, b"the model")
     (tmp_path / "wheels").rename(tmp_path / "elsewhere")

@@ -1,6 +1,7 @@
 """The push: what a hub on loopback gets, who can load it, and that nothing is half sent."""
 
 import dataclasses
+import html
 import io
 import json
 import os
@@ -276,6 +277,8 @@ def test_who_may_not_write_is_told_before_anything_is_sent(
     assert refused().startswith("the hub does not know this token")
     monkeypatch.delenv("HF_TOKEN")
     assert refused().startswith("no token: give `hf auth login` one")
+    monkeypatch.setenv("HF_TOKEN", "hf_só")
+    assert refused().startswith("the token has letters that no hub's token has: give")
     assert at_hub.repos == {} and at_hub.uploaded == {}
 
 
@@ -290,6 +293,8 @@ def test_a_hub_that_fails_midway_gets_no_half_of_it(at_hub: Hub) -> None:
     at_hub.fault, at_hub.fault_at = 400, "/large/"
     told = "(it answers 400): try the same command again later; user/tiny is as it was"
     assert refused().endswith(told)
+    at_hub.fault, at_hub.fault_at = 413, "/commit/"
+    assert refused() == "the hub does not take it (it answers 413); user/tiny is as it was"
     at_hub.fault, at_hub.fault_at = "hang", "/api/models/"
     assert "(it does not answer)" in refused()
     at_hub.fault = None
@@ -308,7 +313,8 @@ def test_public_only_when_asked_for(at_hub: Hub) -> None:
         "lab/open is public: give --public, or name another repo; nothing was sent"
     )
     assert len(at_hub.commits) == 2
-    push("lab/closed", public=True, yes=True)
+    told = push("lab/closed", public=True, yes=True)
+    assert told.endswith("lab/closed is up to date; it stays private, as it was")
     assert at_hub.private["models/lab/closed"]  # never changed
 
 
@@ -392,7 +398,7 @@ def test_classes_whose_names_are_no_text_are_sent_as_they_are(tmp_path: Path) ->
     about = json.loads(files["config.json"])
     assert about["label_names"] == classes
     assert about["label_descriptions"][classes[0]] == r"caf\udce9"
-    card = files["README.md"].decode()
+    card = html.unescape(files["README.md"].decode())
     assert r"a data set of its own, 3 classes (caf\udce9, na\udcefve, \udcff)" in card
 
 

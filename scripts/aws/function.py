@@ -18,6 +18,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,9 @@ from typing import Annotated, Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "gradio_deploy"))
 
+import classifier
 from cli import Aws, AwsError
 from cloud import Options, confirm
 from resources import PROJECT_TAG, tag_of
@@ -40,7 +43,6 @@ from utils import (
     UserError,
     latest_run,
     parse_options,
-    read_json,
     run_folder,
     run_stage,
     stale_export,
@@ -59,6 +61,7 @@ NOT_NEEDED = (
     *("bin", "onnxruntime/tools", "onnxruntime/quantization", "onnxruntime/transformers"),
     *("**/tests", "**/*.pyi", "**/__pycache__"),
 )
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # what S3 takes for a name
 UNPACKED_BYTES = 250 * 2**20  # Lambda's limit for a zip package, unpacked
 TIMEOUT_S = 30
 LOG_DAYS = 30
@@ -107,7 +110,7 @@ class FunctionOptions:
 
 
 def find_export(options: Deploy) -> Path:
-    """The folder of a run's export whose model.onnx is the one in model.json; raises UserError.
+    """The folder of a run's export that the function can serve; raises UserError.
 
     Also where the run has other weights by now.
     """
@@ -115,16 +118,10 @@ def find_export(options: Deploy) -> Path:
     folder = run_folder(options.runs_folder, name) / "export"
     if not options.name:
         print(f"taking the most recent run: {name}")
-    model, described = folder / "model.onnx", read_json(folder / "model.json")
-    advice = f"python3 generate_trace_model.py --name {name}"
     try:
-        sha256 = described["formats"]["onnx"]["sha256"]
-    except (KeyError, TypeError):
-        sha256 = None
-    if sha256 is None or not model.exists():
-        raise UserError(f"no {model}, or no model.json about it: make them with {advice}")
-    if hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
-        raise UserError(f"{model} is not the file that model.json describes: {advice}")
+        described, _, _ = classifier.read_export(folder)
+    except classifier.ExportError as error:
+        raise UserError(f"{error}: python3 generate_trace_model.py --name {name}") from None
     if complaint := stale_export(folder.parent, described):
         raise UserError(complaint)
     return folder
@@ -156,7 +153,7 @@ def build_package(export: Path, folder: Path) -> Path:
                 path.unlink(missing_ok=True)
     app = REPOSITORY / "gradio_deploy"
     ours = (SOURCE / "handler.py", app / "classifier.py", app / "decoder.py")
-    for file in (*ours, export / "model.onnx", export / "model.json"):
+    for file in (*ours, classifier.read_export(export)[1], export / "model.json"):
         shutil.copy(file, content)
     files = sorted(path for path in content.rglob("*") if path.is_file())
     unpacked_bytes = sum(path.stat().st_size for path in files)
@@ -236,7 +233,9 @@ def where(aws: Aws, settings: Settings) -> tuple[str, str, str]:
     """Region, account, and the bucket for packages: its name is unique in the world."""
     region = aws.region_name
     account = aws.read("sts", "get-caller-identity")["Account"]
-    return region, account, f"{settings.project.lower()}-{account}-{region}"[:63].rstrip("-")
+    rest = f"-{account}-{region}"
+    project = settings.project.lower()[: 63 - len(rest)].rstrip("-")  # S3 takes 63 letters
+    return region, account, project + rest
 
 
 # ------------------------------------------------------------------------------ deploying
@@ -249,6 +248,11 @@ def deploy(options: Deploy, aws: Aws) -> None:
         raise UserError(f"memory_mb is {options.memory_mb}: it must be 1,536 to 10,240")
     if (options.max_concurrency or 0) < 0:
         raise UserError(f"max_concurrency is {options.max_concurrency}: it must be 0 or more")
+    if options.image_bucket and not re.fullmatch(BUCKET, options.image_bucket):
+        raise UserError(
+            f"image_bucket is {options.image_bucket!r}: it must be a bucket's name alone, such as "
+            "my-bucket"
+        )
     export = find_export(options)
     function = find_function(aws, settings)
     region, account, bucket = where(aws, settings)

@@ -2,7 +2,7 @@
 
     python3 scripts/benchmark_cold.py STORE --output cold.json
 
-An instance with 16 GB of memory reads a store of 49 GB mostly from its disk. Each round loads
+An instance with 16 GB of memory reads a store of 48 GB mostly from its disk. Each round loads
 --images training pictures in random order, in a fresh process: with the store in the page cache;
 dropped from it; and dropped from it with reading ahead. Hidden is how much of the rate that the
 disk costs comes back by reading ahead. --device-img-per-s takes the batches at the pace of a GPU.

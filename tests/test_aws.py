@@ -183,6 +183,8 @@ def test_from_nothing_to_training_and_back_as_the_readme_says(
         "groups": ['[["203.0.113.7/32"]]'],
         "keys": ["resnet50-imagenet"],
     }
+    (call,) = emulator.calls("RunInstances")
+    assert "resnet50-poweroff" in base64.b64decode(call["params"]["UserData"]).decode()
     again_changes_nothing(lines["prepare"])
 
     emulator.clear()

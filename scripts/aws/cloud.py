@@ -79,11 +79,6 @@ GP3_IOPS_MONTH_USD, GP3_FREE_IOPS = 0.005, 3000
 MONTH_H = 730
 PRICE = "--price-per-hour"  # of trainer.py
 SUCCESSOR = "but its spot request will bring one: tear-down ends that"
-# At its very first start. Where nobody comes to set it up it would cost for ever; bootstrap.sh
-# takes it back.
-FIRST_START = """#!/bin/bash
-systemd-run --on-active=2h --unit=resnet50-poweroff systemctl poweroff
-"""
 ON_DEMAND_REGIONS = ("us-east-1", "us-east-2", "us-west-2")  # with these prices; others are dearer
 ON_DEMAND_USD_H = {
     "g5.xlarge": 1.006,
@@ -591,7 +586,7 @@ def rent(options: Launch, aws: Aws) -> dict[str, Any]:
     }
     if settings.initialization_rate:
         data["VolumeInitializationRate"] = settings.initialization_rate
-    more = [*ensure_profile(aws, settings), "--user-data", FIRST_START]
+    more = ensure_profile(aws, settings)
     if spot:
         # No maximum price: it only brings more interruptions. Persistent and stop: EC2 itself
         # starts it again, in the same zone, with the same disks.

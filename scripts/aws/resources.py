@@ -18,6 +18,11 @@ ALIVE = "pending,running,stopping,stopped"  # instances that are not gone, nor g
 # No capacity, or the type is not offered there: try the next zone.
 OTHER_ZONE = ("InsufficientInstanceCapacity", "Unsupported", "SpotMaxPriceTooLow")
 PROFILE_S, PROFILE_POLL_S = 90.0, 3.0  # EC2 hears of a new instance profile some seconds late
+# At its very first start. Where nobody comes to set it up it would cost for ever; bootstrap.sh and
+# prepare.sh take it back.
+FIRST_START = """#!/bin/bash
+systemd-run --on-active=2h --unit=resnet50-poweroff systemctl poweroff
+"""
 
 
 # ------------------------------------------------------------------------------ what there is
@@ -368,7 +373,8 @@ def run_instance(
                 "--placement", f"AvailabilityZone={zone}", "--key-name", settings.project,
                 "--security-group-ids", group,
                 "--metadata-options", "HttpTokens=required,HttpPutResponseHopLimit=2",
-                "--block-device-mappings", json.dumps(disks), *more,
+                "--block-device-mappings", json.dumps(disks),
+                "--user-data", FIRST_START, *more,
                 *tags(settings, role, kinds, {DATA_TAG: settings.data_set}),
                 dry={
                     "Instances": [

@@ -39,9 +39,9 @@ class Settings:
     prepare_type: str = "c7i.xlarge"
     """what downloads and packs the data, on demand"""
     archive_gb: int = 260
-    """disk of that instance in GB, for the system, PyTorch, and the archive of 166 GB"""
+    """disk of that instance in GB, for the system, PyTorch, and the archive of 167 GB"""
     data_gb: int = 60
-    """volume for the packed data in GB; ImageNet at 400 px has 49"""
+    """volume for the packed data in GB; ImageNet at 400 px has about 48"""
     data_throughput: int = 437
     """throughput of that volume in MB/s, 125 to 1,000; a g5.xlarge reads 437 in bursts"""
     data_iops: int = 3000

@@ -244,7 +244,10 @@ def check_room(folder: Path, weights_bytes: int, checkpoint_bytes: int) -> tuple
     existing = check_writable(folder, "--runs-folder")
     # Checkpoints, of which one may be under way, and two weight files, of which the same holds.
     needed_bytes = (GENERATIONS_KEPT + 1) * checkpoint_bytes + 3 * weights_bytes
-    held_bytes = sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    held_bytes = 0
+    for path in folder.rglob("*.pt"):
+        with contextlib.suppress(FileNotFoundError):  # another process trains there
+            held_bytes += path.stat().st_size
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes + held_bytes < needed_bytes:
         raise UserError(

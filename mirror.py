@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import checkpoint
+import interruption
 import sessions
 from utils import (
     EXIT_NO_MIRROR,
@@ -51,14 +52,18 @@ TIMEOUT_S = 20.0  # without a byte from a store, or to it
 LONGEST_WAIT_S = 60.0  # between two tries
 PATIENCE_S = 600.0  # at a start that needs a store which may yet answer: another machine takes long
 FINISHED_S = 60.0  # how long the last copies may take: of a run that is finished,
-INTERRUPTED_S = 20.0  # of one that has to end,
+NOTICE_S, ENDING_S = 120.0, 10.0  # how long before EC2 gives notice, and what it takes to end
+INTERRUPTED_S = 20.0  # of one that has to end, unless EC2 says how long it has,
 COMPLETED_S = 3600.0  # and of one that was finished before, where nothing else waits
 
 # What goes with the checkpoints: with these a run goes on, or is exported, on any machine.
 COPIED_FILES = (
-    *("config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json"),
-    sessions.FILE,
+    *("config.json", sessions.FILE),
+    *("metrics.jsonl", "best.pt", "last.pt", "result.json"),
 )
+RESULTS = COPIED_FILES[2:]
+# A checkpoint has most of that in it: where there is time for one file more, it is the newest one.
+BEFORE_CHECKPOINT = COPIED_FILES[:1]
 SUMS = "SHA256SUMS"
 
 
@@ -315,6 +320,16 @@ def open_store(url: str, run_name: str) -> Store:
 # ------------------------------------------------------------------------------ the mirror
 
 
+def last_copies_s(requests: interruption.Requests) -> float:
+    """How long the last copies may take of a run that was asked to stop, or is out of budget."""
+    if not requests.stop:
+        return FINISHED_S
+    if requests.notice is None:
+        return INTERRUPTED_S
+    left_s = requests.notice.taken_at - time.time() - ENDING_S
+    return min(max(INTERRUPTED_S, left_s), NOTICE_S - ENDING_S)  # one of the clocks may be wrong
+
+
 def start(url: str, folder: Path) -> "Mirror":
     """The mirror of a run's folder; with an empty address it does nothing.
 
@@ -480,7 +495,8 @@ class Mirror:
         self.copied: dict[str, tuple[int, ...]] = {}  # what the thread has verified; see _version
         self._is_ours = False  # whether the run there is known to be this one
         self._changed = threading.Condition()
-        self._asked = self._answered = 0  # how often copies were asked for, and up to which one
+        # How often copies were asked for, and up to which one they are made, or being made.
+        self._asked = self._answered = self._copying = 0
         self._finishing = False
         self._trouble = ""  # why the last try failed
         self._thread: threading.Thread | None = None
@@ -507,7 +523,8 @@ class Mirror:
         with self._changed:
             # Where an hour is allowed, it is for a slow network, not for one that fails.
             self._changed.wait_for(
-                lambda: self.is_complete() or (self._trouble and timeout_s > FINISHED_S), timeout_s
+                lambda: self.is_complete() or (self._trouble and timeout_s >= COMPLETED_S),
+                timeout_s,
             )
             complete = self.is_complete()
             trouble = self._trouble or "it takes too long"
@@ -529,7 +546,7 @@ class Mirror:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._asked > self._answered)
-                asked = self._asked
+                asked = self._copying = self._asked
             try:
                 self._copy_newest()
             except Exception as error:  # whatever it is, training shall not know
@@ -558,12 +575,15 @@ class Mirror:
         """Bring the mirror to where the folder is, in an order in which it is whole at any time."""
         there = self.store.sizes()
         newest = _newest_whole(self.folder)
+        self._refuse_another(newest[0] if newest else None, there)
+        self._copy_files(there, BEFORE_CHECKPOINT)
         if newest:
-            self._refuse_another(newest[0], there)
-        self._copy_files(there)
-        if newest is None:
-            return
-        name, content = newest
+            self._copy_checkpoint(*newest, there)
+            there = self.store.sizes()
+        self._copy_files(there, COPIED_FILES)
+
+    def _copy_checkpoint(self, name: str, content: bytes, there: dict[str, int]) -> None:
+        """Copy a checkpoint, and only then remove older ones."""
         path = f"checkpoints/{name}"
         if path not in there or path not in self.copied:
             self._put(path, content, there)
@@ -583,11 +603,11 @@ class Mirror:
             if re.fullmatch(r"checkpoints/\.epochs-.*\.tmp", file):
                 self.store.remove(file)
 
-    def _copy_files(self, there: dict[str, int]) -> None:
+    def _copy_files(self, there: dict[str, int], names: tuple[str, ...]) -> None:
         if SUMS not in there:
             self.copied.clear()  # to be listed, they are verified once more
         changed = {}
-        for name in COPIED_FILES:
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
                 version = _version(self.folder / name)
                 if name not in there or self.copied.get(name) != version:
@@ -601,6 +621,8 @@ class Mirror:
         }
         self._write_sums(before | new)
         for name, (version, content) in changed.items():
+            if self._finishing and self._asked > self._copying:
+                return  # there is a newer checkpoint, and little time
             self._put(name, content, there)
             self.copied[name] = version
         self._write_sums(new | {line for line in before if line[1] not in changed})
@@ -640,14 +662,14 @@ class Mirror:
             return changed_settings(before, config, RESULT_SETTINGS - may_differ)
         return []
 
-    def _refuse_another(self, here: str, there: dict[str, int]) -> None:
+    def _refuse_another(self, here: str | None, there: dict[str, int]) -> None:
         """Raise MirrorError if the mirror has another run, or later checkpoints than ours."""
         different = [] if self._is_ours else self.other_settings(there)
         if different:
             raise MirrorError("it holds another run of that name")
         self._is_ours = True
         others = [name for name in _checkpoints(there) if name not in self.ours]
-        later = [name for name in others if age(name) > age(here)]
+        later = [name for name in others if here and age(name) > age(here)]
         if later:
             raise MirrorError(f"it holds a run of that name that is further on, {later[0]}")
 
@@ -661,7 +683,7 @@ class Mirror:
         there = self.store.sizes()
         found = newest_first(_checkpoints(there))
         later = [name for name in found if here is None or age(name) > age(here)]
-        if here:
+        if here or any((self.folder / name).exists() for name in RESULTS):
             refuse_other(self.url, self.folder.name, self.other_settings(there))
         # One that is here too, damaged, is this run's; another one may be of anybody.
         if here and later and not (self.folder / "checkpoints" / later[0]).exists():

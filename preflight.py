@@ -121,7 +121,9 @@ def tell_finished(folder: Path, config: Config, state: dict[str, Any]) -> str:
     if len(state["history"]) < epochs or not whole:
         return ""
     result = read_json(folder / "result.json")
-    if result is None or result["epochs"] != epochs:
+    if not isinstance(result, dict) or not result.keys() >= {"val_top1", "epoch"}:
+        return ""  # damaged
+    if result.get("epochs") != epochs:
         return ""
     extend = "" if config.extra_epochs else " To extend it: add --extra-epochs N, once."
     return (
@@ -129,6 +131,15 @@ def tell_finished(folder: Path, config: Config, state: dict[str, Any]) -> str:
         f"the weights of epoch {result['epoch']}.{extend} To repeat it: --name ANOTHER, or remove "
         f"{folder}"
     )
+
+
+def refuse_lost_checkpoints(folder: Path, state: dict[str, Any] | None) -> None:
+    """Raise UserError where a finished run's result is all that is left: it would be replaced."""
+    if state is None and (folder / "result.json").exists():
+        raise UserError(
+            f"{folder} has the result of a finished run, but no checkpoint: bring those back, or "
+            f"begin another run with --name, or remove {folder}"
+        )
 
 
 def describe_hardware(device: torch.device, precision: str) -> dict[str, Any]:
@@ -245,7 +256,9 @@ def print_settings(config: Config, train_set: image_files.ImageSet) -> None:
         log.info("  %-20s %s", field, value)
     log.info("learning rate at the end of each epoch, and side of its training crops:")
     for epoch in range(total_epochs(config)):
-        rate = learning_rate(config, (epoch + 1) * steps, steps)
+        # At its end, an extra epoch's cycle begins already.
+        cycle = config if epoch >= config.epochs else dataclasses.replace(config, extra_epochs=0)
+        rate = learning_rate(cycle, (epoch + 1) * steps, steps)
         log.info("  epoch %3d  %.7f  %d px", epoch + 1, rate, train_px(config, epoch))
 
 
@@ -292,6 +305,7 @@ def check_run(
                     f"no checkpoint in {folder}: {there[0]} of the mirror is fetched, and the run "
                     f"goes on after epoch {mirror.age(there[0])[0]} of {total_epochs(config)}",
                 )
+            refuse_lost_checkpoints(folder, state)
             return Finding(OK, f"no checkpoint in {folder} yet: the run begins")
         checkpoint.check_settings(state, config)
         checkpoint.check_images(state, images)

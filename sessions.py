@@ -112,7 +112,9 @@ def read(folder: Path, mirrored: bytes = b"") -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:  # torn
             continue
-        if isinstance(line, dict) and line.keys() >= KEYS:  # else damaged
+        if not isinstance(line, dict) or not line.keys() >= KEYS:  # damaged
+            continue
+        if all(isinstance(line[key], int | float) for key in ("alive_s", "price_per_hour")):
             lines.append(line)
     return lines
 

@@ -531,11 +531,26 @@ class Keeper:
 # ------------------------------------------------------------------------------ the stage
 
 
+def load_state(folder: Path, options: TrainerOptions) -> dict[str, Any] | None:
+    """The run's newest checkpoint, if there is one; raises UserError as `checkpoint.load_latest`.
+
+    A dry run fetches nothing from a mirror, and goes on without what a start would fetch.
+    """
+    try:
+        return checkpoint.load_latest(folder / "checkpoints", tidy=not options.dry_run)
+    except UserError as error:
+        if not (options.dry_run and options.config.mirror):
+            raise
+        log.warning("%s; without --dry-run the mirror's is fetched, if it has one", error)
+        return None
+
+
 def over(config: Config, folder: Path, state: dict[str, Any] | None) -> int | None:
     """The exit code of a run that may not go on, finished or out of budget, and says so; or None.
 
-    Raises UserError for settings that differ from its checkpoint's.
+    Raises UserError for settings that differ from its checkpoint's, and where that is lost.
     """
+    preflight.refuse_lost_checkpoints(folder, state)
     if state is not None:
         checkpoint.check_settings(state, config)
         finished = preflight.tell_finished(folder, config, state)
@@ -571,7 +586,7 @@ def main() -> None:
         folder = run_folder(options.config.runs_folder, options.config.name)
         copies = in_main(mirror.start, "" if options.dry_run else options.config.mirror, folder)
 
-    state = from_main(checkpoint.load_latest, folder / "checkpoints", tidy=not options.dry_run)
+    state = from_main(load_state, folder, options)
     config = from_main(take_max_lr, options.config, folder, state)
     exit_code = None if options.dry_run else from_main(over, config, folder, state)
     if exit_code is not None:
@@ -637,7 +652,7 @@ def main() -> None:
             with distributed.agreed():
                 keeper.save()
                 saver.wait()
-            last_copies_s = mirror.INTERRUPTED_S if requests.stop else mirror.FINISHED_S
+            last_copies_s = mirror.last_copies_s(requests)
             exit_code = say_interrupted(run, config, requests, session)
         except UserError as error:
             if error.exit_code == EXIT_USER_ERROR:  # an image; the run goes on once it is mended

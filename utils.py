@@ -528,9 +528,10 @@ def _check_budget(config: Config) -> None:
 
 def run_stage(main: Callable[[], None]) -> None:
     """Call a stage's main; a mistake of its user ends it with one line on stderr, no traceback."""
-    with contextlib.suppress(AttributeError):  # it was closed before the start
-        # For names that are no UTF-8, and where the terminal's encoding lacks their letters.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:  # it was closed before the start
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+    # For names that are no UTF-8, and where the terminal's encoding lacks their letters.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

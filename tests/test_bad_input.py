@@ -521,6 +521,40 @@ def test_a_damaged_result_is_refused(finished: Path) -> None:
     assert tree(finished) == before
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"epochs": 2}'])
+def test_a_result_that_says_nothing_is_made_again(content: str, finished: Path) -> None:
+    path = finished / "runs/run/result.json"
+    before = json.loads(path.read_text())
+    path.write_text(content)
+    done = train(finished)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(path.read_text())["val_top1"] == before["val_top1"]
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_replaced(finished: Path) -> None:
+    shutil.rmtree(finished / "runs/run/checkpoints")
+    before = tree(finished)
+    for options in ((), ("--max-lr", "0.3")):
+        done = train(finished, *options)
+        check_refused(
+            done.returncode, done.stderr, "has the result of a finished run, but no checkpoint"
+        )
+    done = train(finished, "--dry-run")
+    assert done.returncode == 2 and "PROBLEM  run" in done.stdout
+    assert tree(finished) == before
+
+
+def test_an_output_that_is_closed_is_no_traceback(folder: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", sys.executable, "trainer.py", "--epochs", "0"],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    check_refused(done.returncode, done.stderr, "epochs is 0")
+
+
 FOUND = {
     "none": (None, "no {}: run python3 lr_finder.py"),
     "no JSON": ("{", "{} is damaged: remove it"),

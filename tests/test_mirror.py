@@ -35,6 +35,7 @@ from test_checkpoint import make_state
 from test_trainer import as_options, outcome, undisturbed  # noqa: F401 (a fixture)
 
 import checkpoint
+import interruption
 import mirror
 from utils import Config, UserError, write_atomically, write_json
 
@@ -312,6 +313,50 @@ def test_the_mirror_becomes_what_the_folder_is(
         ] == []
     assert again.finish(10)
     assert_complete(place, folder)
+
+
+def test_the_newest_checkpoint_is_sent_first(folder: Path, tmp_path: Path) -> None:
+    """Where time is short, what a checkpoint has in it can wait."""
+    copies = mirror.start(Disk(tmp_path / "other disk").url, folder)
+    sent, write = [], copies.store.write
+
+    def note(name: str, content: bytes) -> None:
+        write(name, content)
+        if name != mirror.SUMS:
+            sent.append(name)
+        if name == "last.pt" and len(newest) == 1:  # EC2 gives notice while older ones are sent
+            newest.append(f"checkpoints/{save(folder, 9, epochs=2).name}")
+            asked.start()
+            wait_for(lambda: copies._finishing and copies._asked > copies._copying)
+
+    copies.store.write = note
+    asked = threading.Thread(target=copies.finish, args=[10])
+    write_atomically(folder / "config.json", b"{}\n")
+    newest = [f"checkpoints/{save(folder, 5, epochs=1).name}"]
+    write_atomically(folder / "result.json", b"{}\n")
+    copies.copy()
+    wait_for(lambda: copies._asked == copies._answered == 2)
+    asked.join()
+    assert sent == [
+        *("config.json", newest[0], "metrics.jsonl", "best.pt", "last.pt"),
+        *(newest[1], "metrics.jsonl", "best.pt", "last.pt", "result.json"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("taken_in_s", "copies_s"),
+    [(None, 20), (119, 109), (90, 80), (15, 20), (-300, 20), (3600, 110)],
+)
+def test_the_last_copies_get_the_time_that_ec2_leaves(
+    taken_in_s: float | None, copies_s: float
+) -> None:
+    requests = interruption.Requests()
+    assert mirror.last_copies_s(requests) == 60  # out of budget: nothing presses
+    requests.stop = True
+    if taken_in_s is not None:
+        taken_at = time.time() + taken_in_s
+        requests.notice = interruption.Notice(taken_at, time.monotonic())
+    assert mirror.last_copies_s(requests) == pytest.approx(copies_s, abs=1)
 
 
 def test_nothing_is_mirrored_without_an_address(folder: Path) -> None:
@@ -642,6 +687,12 @@ def test_another_run_of_the_same_name_is_not_replaced(
     assert not copies.finish(1)
     assert said(caplog, "it holds another run of that name") == 2
     assert bucket.files() == before
+    # Nor does it take the place of what is left here of this one.
+    shutil.rmtree(folder / "checkpoints")
+    left = contents(folder)
+    with pytest.raises(UserError, match=told):
+        mirror.start(bucket.url, folder)
+    assert contents(folder) == left
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,29 @@ def test_whether_a_run_begins_goes_on_or_is_finished(settings: Settings, tmp_pat
         assert level == "PROBLEM" and "another process trains" in text
 
 
+def test_what_the_mirror_mends_is_no_problem(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    train({**settings, "epochs": 1, "mirror": f"file://{tmp_path}/other"})
+    for path in (run_folder(settings) / "checkpoints").iterdir():
+        path.write_bytes(b"damaged")
+    done = dry_run({**settings, "mirror": f"file://{tmp_path}/other"}, "--extra-epochs", 1)
+    assert "is fetched, and the run goes on after epoch 1" in checks(done.stdout)["run"][1]
+    assert "is damaged: put a copy there" in done.stdout
+    assert "without --dry-run the mirror's is fetched" in done.stdout
+    done = dry_run(settings)
+    assert done.returncode == 2 and "is damaged: put a copy there" in done.stderr
+
+
+def test_the_schedule_is_that_of_each_cycle(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config(epochs=4, extra_epochs=2, max_lr=0.1, batch_size=1)
+    with caplog.at_level("INFO", logger="resnet50"):
+        preflight.print_settings(config, range(10))
+    rates = [float(rate) for rate in re.findall(r"epoch +\d+  (0\.\d+) ", caplog.text)]
+    lowest = 0.1 / 25 / 1e4
+    assert len(rates) == 6 and rates[3] == pytest.approx(lowest, abs=1e-7)
+    assert rates[5] < 1e-6 < rates[4]
+
+
 def test_a_damaged_checkpoint_stays_where_it_is(tmp_path: Path) -> None:
     good = {"step": 1, "history": []}
     checkpoint.save(tmp_path, good)

@@ -100,6 +100,16 @@ def test_wherever_the_last_line_is_torn_all_others_stay(tmp_path: Path) -> None:
         assert sessions.read(tmp_path) == [kept, later.line]
 
 
+def test_a_line_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
+    kept = begin(tmp_path).line
+    with open(tmp_path / sessions.FILE, "a") as file:
+        for wrong in ({"alive_s": "x"}, {"price_per_hour": None}, {"alive_s": [1]}):
+            file.write(f"\n{json.dumps({**kept, **wrong})}")
+        file.write('\n[]\n{"session": "1"}\n"x"')
+    assert sessions.read(tmp_path) == [kept]
+    assert begin(tmp_path).before_usd == sessions.price_usd([kept])
+
+
 def test_a_disk_that_is_full_is_told_once_and_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,10 +3,11 @@
     kill PID          finish the step or the batch of validation, save, end with exit code 75
     kill -USR1 PID    save, and go on
 
-Ctrl-C does what kill does. On an EC2 instance its metadata service is asked every 5 seconds, in
-version 2 only: on a notice of interruption the run saves at once and ends as above; on a rebalance
-recommendation it saves and goes on. The SDKs' variables AWS_EC2_METADATA_SERVICE_ENDPOINT and
-AWS_EC2_METADATA_DISABLED=true do here what they do there. Elsewhere nobody is asked.
+Ctrl-C does what kill does, and so does a terminal that is closed, unless under nohup. On an EC2
+instance its metadata service is asked every 5 seconds, in version 2 only: on a notice of
+interruption the run saves at once and ends as above; on a rebalance recommendation it saves and
+goes on. The SDKs' variables AWS_EC2_METADATA_SERVICE_ENDPOINT and AWS_EC2_METADATA_DISABLED=true do
+here what they do there. Elsewhere nobody is asked.
 
 AWS's formats are in its EC2 User Guide: "Spot Instance interruption notices", "EC2 instance
 rebalance recommendations", "Use the Instance Metadata Service to access instance metadata".
@@ -22,6 +23,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import threading
 import time
 import urllib.parse
@@ -66,7 +68,7 @@ class Requests:
 
 
 def note_signals(nothing_to_save: bool = False) -> Requests:
-    """What SIGTERM, SIGINT and SIGUSR1 ask for from now on; a second signal does no harm."""
+    """What signals ask for from now on; a second one does no harm."""
     requests = Requests(nothing_to_save=nothing_to_save)
 
     def stop(*_: object) -> None:
@@ -78,11 +80,20 @@ def note_signals(nothing_to_save: bool = False) -> Requests:
         requests.save = True
 
     def ignore_all() -> None:
-        for number in (*STOP_SIGNALS, SAVE_SIGNAL):
+        for number in (*STOP_SIGNALS, SAVE_SIGNAL, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+
+    def hang_up(*_: object) -> None:
+        for output in (1, 2):
+            with contextlib.suppress(OSError):
+                if stat.S_ISCHR(os.fstat(output).st_mode):  # the terminal, which is gone
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        stop()
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, hang_up)
     signal.signal(SAVE_SIGNAL, save)
     # While Python ends, which takes a moment with PyTorch loaded, it puts the system's handlers
     # back: a late signal would change the exit code.

@@ -1,6 +1,7 @@
 """What asks a run to save or to stop: real signals, and a metadata service on loopback."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import socketserver
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +37,7 @@ from utils import UserError
 @pytest.fixture
 def _handlers() -> Iterator[None]:
     """Put the handlers of signals back."""
-    numbers = (*interruption.STOP_SIGNALS, interruption.SAVE_SIGNAL)
+    numbers = (*interruption.STOP_SIGNALS, interruption.SAVE_SIGNAL, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -623,6 +625,43 @@ def test_signals_in_training_and_both_validations_change_nothing(
     assert outcome(stopped) == outcome(settings)
     ends = [line["ended"] for line in sessions.read(folder) if line["ended"]]
     assert ends == ["signal", "signal", "signal", "finished"]
+
+
+def test_a_terminal_that_is_closed_is_a_signal_to_save(settings: dict[str, object]) -> None:
+    ours, its = os.openpty()
+    os.set_blocking(ours, False)
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        termios.tcsetwinsize(0, (24, 120))
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
+    process = subprocess.Popen(
+        [sys.executable, "trainer.py", *as_options(settings)],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        preexec_fn=take_terminal,  # noqa: PLW1509
+        **dict.fromkeys(("stdin", "stdout", "stderr"), its),
+    )
+    os.close(its)
+    folder = run_folder(settings)
+    shown = b""
+
+    def has_stepped() -> bool:
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(ours, 65536)
+        assert process.poll() is None, shown
+        # The bar is there, into which nothing can be written any more.
+        return b"/11 [" in shown and "  step 3/11" in log_of(folder)
+
+    wait_for(process, has_stepped)
+    os.close(ours)
+    assert end_of(process)[0] == 75
+    step = checkpoint.load_latest(folder / "checkpoints")["step"]
+    assert f"interrupted in epoch 1, everything is saved after step {step}:" in log_of(folder)
+    assert [line["ended"] for line in sessions.read(folder)][-1] == "signal"
 
 
 def test_a_state_that_is_saved_in_a_validation_is_like_any_other(tmp_path: Path) -> None:

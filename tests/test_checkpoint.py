@@ -186,3 +186,10 @@ def test_what_another_process_saved_meanwhile_is_not_undone(tmp_path: Path) -> N
     for outdated in (None, state):
         with pytest.raises(UserError, match="another process has just saved"):
             checkpoint.check_newest(tmp_path, outdated)
+
+
+def test_what_another_process_has_just_removed_takes_no_room(tmp_path: Path) -> None:
+    (tmp_path / "kept.pt").write_bytes(bytes(1000))
+    (tmp_path / "gone.pt").symlink_to("nothing")  # for stat the same
+    free, needed = checkpoint.check_room(tmp_path, 1000, 1000)
+    assert needed == 5000 and free > 0

@@ -629,6 +629,19 @@ def test_without_an_export_it_ends_with_one_line(deployment: Path, tmp_path: Pat
     assert line.endswith(": run `python3 generate_trace_model.py` first")
 
 
+def test_a_port_that_is_no_number_ends_it_with_one_line(deployment: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, deployment / "app.py"],
+        env={**os.environ, "GRADIO_SERVER_PORT": "http"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT_S,
+    )
+    told = "error: GRADIO_SERVER_PORT is no number\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", told)
+
+
 @pytest.mark.parametrize("pinned", ["right", "wrong"])
 def test_the_export_can_be_pinned(
     module: ModuleType,

@@ -26,7 +26,7 @@ import engine
 import image_files
 import lr_finder
 import trainer
-from utils import Config, steps_per_epoch
+from utils import Config, learning_rate, steps_per_epoch
 
 EVERYTHING = {
     "trivial_augment": True,
@@ -168,15 +168,20 @@ def test_crops_and_orders_are_those_of_earlier_runs() -> None:
 def test_the_draws_of_one_place_have_nothing_in_common() -> None:
     """Crop, operation, erasure and mix of the same seed, epoch and index, or of a neighbour."""
     config, count = Config(mixup_alpha=1.0), 4000
+    kinds = np.repeat(range(4), (5, 4, 2, 2))  # of the columns
     for seed, epoch, shift in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
         crops = random_crops(375, 500, 0.08, count)
         others = []
         for index in range(shift, count + shift):
             erased = augment.random_erasure(seed, epoch, index, 224, 1.0) or (0, 0, 0, 0)
-            name, _ = augment.random_operation(seed, epoch, index)
+            name, magnitude = augment.random_operation(seed, epoch, index)
+            operation = [list(augment.OPERATIONS).index(name), abs(magnitude)]
+            operation[1] /= augment.OPERATIONS[name][1] or 1.0
             mix = augment.draw_mix(dataclasses.replace(config, seed=seed), epoch, index, 224)
-            others.append([*erased, list(augment.OPERATIONS).index(name), mix.own_share])
-        between = np.corrcoef(crops.T, np.array(others, dtype=float).T)[:5, 5:]
+            spread = abs(mix.own_share - 0.5)  # as the first word has it
+            others.append([*erased, *operation, mix.own_share, spread])
+        between = np.corrcoef(crops.T, np.array(others, dtype=float).T)
+        between[kinds[:, None] == kinds] = 0.0
         assert np.abs(between).max() < 4.5 / count**0.5  # deviations
 
 
@@ -215,7 +220,7 @@ def test_as_many_crops_are_erased_as_was_asked_for() -> None:
         )
 
 
-def crop_of(config: Config, index: int, epoch: int = 0) -> np.ndarray:
+def crop_of(config: Config, index: int, epoch: int = 3) -> np.ndarray:
     """What fill_train makes of the scene, a PNG."""
     crop = np.full((64, 64, 3), 99, np.uint8)
     data.fill_train(config, epoch, as_read(SCENE), index, crop)
@@ -230,7 +235,7 @@ def test_exactly_the_rectangle_takes_the_mean_colour() -> None:
     for index in range(40):
         plain = crop_of(Config(seed=4), index)
         ours = crop_of(Config(seed=4, erase_probability=0.7), index)
-        rectangle = augment.random_erasure(4, 0, index, 64, 0.7)
+        rectangle = augment.random_erasure(4, 3, index, 64, 0.7)
         if rectangle is not None:
             top, left, height, width = rectangle
             for row, column in itertools.product(range(height), range(width)):
@@ -309,14 +314,14 @@ def test_the_flipped_crop_is_changed_before_it_is_erased() -> None:
     names = set()
     for index in range(60):
         plain = crop_of(Config(seed=4), index)
-        name, magnitude = augment.random_operation(4, 0, index)
+        name, magnitude = augment.random_operation(4, 3, index)
         names.add(name)
         if name == "Solarize":
             magnitude = (255.0 - magnitude) / 255.0
         if name == "Posterize":
             magnitude = 8.0 - round(magnitude)
         expected = theirs(Image.fromarray(plain), name, magnitude).copy()
-        rectangle = augment.random_erasure(4, 0, index, 64, 0.7)
+        rectangle = augment.random_erasure(4, 3, index, 64, 0.7)
         if rectangle is not None:
             top, left, height, width = rectangle
             expected[top : top + height, left : left + width] = [124, 116, 104]
@@ -523,12 +528,21 @@ def test_stops_inside_an_epoch_change_nothing(settings: dict[str, object]) -> No
 def test_every_step_of_a_run_and_of_the_finder_is_mixed(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config(**settings)
+    """Each with the images of its place, at its epoch's size, and in a run at its rate."""
+    config = Config(**{**settings, "first_train_px": 32, "train_px": 64})
     train_set, _, _ = image_files.open_images(config)
-    seen: list[augment.Mix | None] = []
+    steps = steps_per_epoch(config, train_set)
+    seen: list[tuple] = []
 
-    def note(run: engine.Run, images: torch.Tensor, *arguments: object, **named: object) -> object:
-        seen.append(named.get("mix", arguments[-1]))
+    def note(
+        run: engine.Run,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        rate: float,
+        batch_size: int | None = None,
+        mix: augment.Mix | None = None,
+    ) -> object:
+        seen.append((images.clone(), labels.clone(), rate, batch_size, mix))
         run.step += 1
         run.totals["counts"] += 1
         return torch.tensor(1.0)
@@ -541,16 +555,24 @@ def test_every_step_of_a_run_and_of_the_finder_is_mixed(
     for _ in range(2):
         trainer.train_epoch(run, config, train_set, bool)
         run.history.append({"val_s": 0.0})
-    expected = [
-        augment.draw_mix(config, *place, 32) for place in itertools.product((0, 1), range(3))
+    mixes = [
+        augment.draw_mix(config, epoch, batch, (32, 64)[epoch])
+        for epoch, batch in itertools.product((0, 1), range(steps))
     ]
-    assert len(set(expected)) == 6
-    assert {mix.box is None for mix in expected} == {False, True}
-    assert seen == expected
+    assert len(set(mixes)) == 6
+    assert {mix.box is None for mix in mixes} == {False, True}
+    epochs = [list(data.train_batches(train_set, config, epoch)) for epoch in range(2)]
+    batches = list(itertools.chain.from_iterable(epochs))
+
+    def check(rates: list[float], sizes: list[int | None]) -> None:
+        assert [step[2:] for step in seen] == list(zip(rates, sizes, mixes, strict=True))
+        for (images, labels, *_), (expected, their_labels) in zip(seen, batches, strict=True):
+            assert torch.equal(images, expected)
+            assert torch.equal(labels, their_labels)
+
+    check([learning_rate(config, step, steps) for step in range(6)], [8, 8, 5] * 2)
 
     seen.clear()
-    epochs = (data.train_batches(train_set, config, epoch) for epoch in range(2))
     options = lr_finder.FinderOptions(config, steps=6)
-    steps = steps_per_epoch(config, train_set)
-    lr_finder.range_test(run, itertools.chain.from_iterable(epochs), options, steps)
-    assert seen == expected
+    rates, _, _ = lr_finder.range_test(run, iter(batches), options, steps)
+    check(rates, [None] * 6)

@@ -312,9 +312,9 @@ def test_batches_hold_every_image_once_with_its_label(
     count: int, workers: int, tmp_path: Path
 ) -> None:
     images = numbered_images(tmp_path, count)
-    config = dataclasses.replace(CONFIG, workers=workers)
+    config = dataclasses.replace(CONFIG, workers=workers, seed=2)
     for batches, order in (
-        (data.train_batches(images, config, epoch=3), augment.epoch_order(0, 3, count)),
+        (data.train_batches(images, config, epoch=3), augment.epoch_order(2, 3, count)),
         (data.val_batches(images, config), np.arange(count)),
     ):
         read = read_all(batches)

@@ -294,6 +294,22 @@ def test_the_average_is_the_one_written_out(settings: dict[str, object]) -> None
     assert not torch.equal(kept["fc.weight"], state["model"]["fc.weight"])
 
 
+@pytest.mark.parametrize(("precision", "seed"), [("fp32", 3), ("bf16", 3), ("fp16", 4)])
+def test_a_new_run_is_what_the_settings_say(
+    settings: dict[str, object], precision: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of the seed, channels last; loss scaling for fp16; Muon in bf16 but for fp32."""
+    monkeypatch.setattr(engine, "choose_precision", lambda *_: precision)  # fp16 needs a GPU
+    run = engine.new_run(Config(**{**settings, "optimizer": "muon", "seed": seed}), 3)
+    assert run.scaler.is_enabled() == (precision == "fp16")
+    assert run.optimizer.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+    torch.manual_seed(seed)
+    expected = torchvision.models.resnet50(num_classes=3).state_dict()
+    for name, value in run.model.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+        assert value.ndim != 4 or value.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_precision_and_device_are_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert engine.choose_precision(Config(precision="fp32"), cpu) == "fp32"

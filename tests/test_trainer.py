@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import checkpoint
 import data
 import engine
 import image_files
+import interruption
 import trainer
 from utils import Config, learning_rate
 
@@ -197,6 +200,61 @@ def test_a_run_leaves_what_the_readme_says(settings: dict[str, object]) -> None:
     at_once = {**settings, "name": "at_once", "extra_epochs": 1}
     train(at_once)
     assert outcome(at_once) == outcome(settings)
+
+
+def test_what_is_kept_is_the_average_of_the_best_epoch_the_first_of_equals(
+    settings: dict[str, object],
+) -> None:
+    config = Config(**{**settings, "average_steps": 2, "zero_init_residual": True})
+    _, val_set, _ = image_files.open_images(config)
+    run = engine.new_run(config, 3)
+    torch.nn.init.normal_(run.average.model.model.fc.weight)
+
+    def finish(run: engine.Run) -> None:
+        run.step, run.epoch_s = run.step + 3, 1.0
+        run.totals["counts"] += 1
+        trainer.finish_epoch(run, config, val_set, bool)
+
+    def validated(net: torch.nn.Module) -> dict[str, float]:
+        batches = data.val_batches(val_set, config)
+        return engine.evaluate(net, batches, run.device, "fp32", bool)
+
+    finish(run)
+    assert validated(run.average.model).items() <= run.history[0].items()
+    assert validated(run.model)["val_loss"] != run.history[0]["val_loss"]
+    best = torch.load(io.BytesIO(run.best.numpy().tobytes()))
+    for name, value in run.average.model.model.state_dict().items():
+        assert torch.equal(best[name], value), name
+
+    resumed = engine.new_run(config, 3)
+    resumed.load(run.state())
+    with torch.no_grad():
+        resumed.average.model.model.fc.bias += 1.0  # changes no answer
+    finish(resumed)
+    assert resumed.history[1]["val_correct1"] == resumed.history[0]["val_correct1"]
+    assert torch.equal(resumed.best, run.best)
+
+
+def test_a_run_is_saved_when_that_is_due_and_stops_once_its_budget_is_spent() -> None:
+    """Ten minutes after it was saved last, and at exactly the dollars of the budget."""
+    config = Config(checkpoint_minutes=10, budget_usd=5.0)
+    run = types.SimpleNamespace(
+        step=7, history=[], device=torch.device("cpu"), spent_usd=0.0,
+        totals=engine.new_totals(torch.device("cpu")),
+    )  # fmt: skip
+    saver = types.SimpleNamespace(check=lambda: None)
+    spent_usd, saved = 4.99, []
+    session = types.SimpleNamespace(beat=lambda *_: spent_usd)
+    keeper = trainer.Keeper(run, config, {}, interruption.Requests(), session, saver)
+    keeper.save = lambda: saved.append(run.step)
+    for step, minutes in ((7, 1000), (8, 0), (9, 8), (10, 11)):  # nothing is new at first
+        run.step, keeper.saved_at = step, time.monotonic() - 60 * minutes
+        keeper.heed(None)
+    assert saved == [10]
+    assert run.spent_usd == 4.99
+    spent_usd = 5.0
+    with pytest.raises(trainer.Interrupted):
+        keeper.heed(None)
 
 
 def brute_force_correct(model: torch.nn.Module, settings: dict[str, object]) -> int:

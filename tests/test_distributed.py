@@ -32,6 +32,7 @@ import distributed
 import engine
 import image_files
 import model
+import trainer
 from utils import Config, UserError, learning_rate
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -128,6 +129,33 @@ def steps_of(
     return {"gradients": gradients, "weights": run.model.state_dict(), "totals": totals}
 
 
+class Colours(torch.nn.Module):
+    """Normalised, a picture's colours are its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pool = torch.nn.AdaptiveAvgPool2d(1)
+        self.model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), pool, torch.nn.Flatten())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+
+def finished_epoch(config: Config) -> dict[str, Any]:
+    """An epoch's row, and BatchNorm's statistics after it; before, each process had its own."""
+    val_set = image_files.open_image_set(config.val_folder_name, "val")
+    net, cpu = Colours(), torch.device("cpu")
+    totals, average = engine.new_totals(cpu), engine.Average(net, 2.0)
+    run = engine.Run(net, None, None, cpu, "fp32", totals, net, average)
+    statistics = [*run.model.buffers(), *run.kept.buffers()]
+    for place, tensor in enumerate(statistics):
+        tensor.fill_(1 + place + distributed.number())
+    run.step, run.epoch_s = 3, 1.0
+    run.totals["counts"] += 1
+    trainer.finish_epoch(run, config, val_set, bool)
+    return {"row": run.history[0], "statistics": [tensor.tolist() for tensor in statistics]}
+
+
 def compute(config: Config) -> dict[str, Any]:
     """All that does not depend on the number of processes."""
     in_float64()
@@ -184,6 +212,7 @@ def alone_and_together(folder: Path, config: Config) -> None:
         "told": told,
         "flags": distributed.any_of(distributed.number() == 1, False),
         "from_main": distributed.from_main(lambda: f"of {distributed.number()}"),
+        "finished": finished_epoch(config),
     }
     (folder / f"{distributed.number()}.json").write_text(json.dumps(record))
     results = compute(config)
@@ -247,7 +276,13 @@ def test_several_processes_compute_what_one_does(
             assert list(itertools.chain(*shares)) == order[8 * batch : 8 * batch + size]
             assert max(map(len, shares)) - min(map(len, shares)) <= 2
             assert all(len(share) % 2 == 0 for share in shares[:-1])  # no pair is torn apart
+    finished = finished_epoch(config)
     for rank, record in enumerate(records):
+        ours, theirs = record["finished"]["row"], finished["row"]
+        assert record["finished"]["statistics"] == finished["statistics"]
+        assert math.isclose(ours["val_loss"], theirs["val_loss"], rel_tol=1e-5)  # in float32
+        assert ours["val_correct1"] == theirs["val_correct1"]
+        assert (ours["train_images"], theirs["train_images"]) == (count, 1)
         assert record["flags"] == [True, False]
         assert record["from_main"] == "of 0"
         main_says = ["none", "trouble of 0 7", "process 1: trouble of 1 7"]

@@ -152,6 +152,73 @@ def test_the_defaults_are_the_reference_runs() -> None:
     assert {name: config[name] for name in expected} == expected
 
 
+# All that differs from the reference run.
+FAST = {
+    "recipe": "fast",
+    "name": "resnet50_imagenet_1k_fast",
+    "epochs": 24,
+    "batch_size": 512,
+    "max_lr": 0.05,
+    "pct_start": 0.2,
+    "anneal_strategy": "linear",
+    "optimizer": "muon",
+    "weight_decay": 0.01,
+    "norm_and_bias_lr": 16.0,
+    "train_px": 192,
+    "first_train_px": 128,
+    "crop_min_scale": 0.35,
+    "zero_init_residual": True,
+    "blurpool": True,
+    "price_per_hour": 0.4,
+}
+ACCURATE = {
+    **FAST,
+    "recipe": "accurate",
+    "name": "resnet50_imagenet_1k_accurate",
+    "epochs": 56,
+    "label_smoothing": 0.1,
+    "average_steps": 100.0,
+    "crop_min_scale": 0.25,
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 1.0,
+    "erase_probability": 0.1,
+    "trivial_augment": True,
+}
+QUICKSTART = {
+    "recipe": "quickstart",
+    "name": "quickstart",
+    "train_folder_name": "data/digits/train",
+    "val_folder_name": "data/digits/val",
+    "epochs": 8,
+    "batch_size": 32,
+    "val_batch_size": 64,
+    "max_lr": 0.03,
+    "weight_decay": 5e-4,
+    "train_px": 48,
+    "val_px": 48,
+    "val_resize_px": 48,
+    "crop_min_scale": 0.8,
+    "flip": False,
+    "zero_init_residual": True,
+    "workers": 2,
+    "price_per_hour": 0.0,
+}
+
+
+def test_the_recipes_are_what_their_claims_stand_for() -> None:
+    expected = {"reference": {}, "fast": FAST, "accurate": ACCURATE, "quickstart": QUICKSTART}
+    defaults = dataclasses.asdict(Config())
+    changed = {
+        name: {
+            key: value
+            for key, value in dataclasses.asdict(recipe.config).items()
+            if value != defaults[key]
+        }
+        for name, recipe in RECIPES.items()
+    }
+    assert changed == expected
+
+
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -271,7 +338,29 @@ def test_config_json_tells_versions_commit_and_hardware(tmp_path: Path) -> None:
     assert record["classes"] == ["cat", "dog"]
     assert record["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert record["hardware"] == {"gpu": "A10G"}
-    assert "commit" in record
+    assert record["commit"] == utils.commit()
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    assert utils.commit() == ""  # as where only the files were copied
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "utils.py").write_text("first")
+    git("init")
+    git("add", "utils.py")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "a release")
+    head = git("rev-parse", "HEAD")
+    assert utils.commit() == head and len(head) == 40
+    (tmp_path / "utils.py").write_text("second")
+    assert utils.commit() == f"{head}-dirty"
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,55 @@ def test_the_last_copies_get_the_time_that_ec2_leaves(
     assert mirror.last_copies_s(requests) == pytest.approx(copies_s, abs=1)
 
 
+@pytest.mark.parametrize("arrived", [False, True])
+def test_wherever_copying_ends_each_file_there_is_the_old_or_the_new_one(
+    arrived: bool, folder: Path, tmp_path: Path
+) -> None:
+    """`arrived`: whether the last write did, as where only its answer was lost."""
+
+    class Gone(Exception):
+        """The machine was taken."""
+
+    place = Disk(tmp_path / "other disk")
+    (folder / "config.json").write_text("{}\n")
+    save(folder, 5, epochs=1)
+    assert mirror.start(place.url, folder).finish(10)
+    old, before = contents(folder), tmp_path / "before"
+    place.root.rename(before)
+    save(folder, 10, epochs=2)
+    (folder / "config.json").write_text("{ }\n")
+    new = contents(folder)
+    names = [name for name in mirror.COPIED_FILES if name in old]
+    assert [name for name in names if old[name] != new[name]] == names
+    for writes in range(100):
+        shutil.copytree(before, place.root)
+        copies = mirror.start(place.url, folder)
+        real, left = copies.store.write, writes
+
+        def write(name: str, content: bytes, real: Any = real) -> None:
+            nonlocal left
+            left -= 1
+            if left >= 0 or arrived:
+                real(name, content)
+            if left < 0:
+                raise Gone
+
+        copies.store.write = write
+        with contextlib.suppress(Gone):
+            copies._copy_newest()
+        empty = tmp_path / f"machine {writes}" / "run"
+        mirror.start(place.url, empty)
+        fetched = contents(empty)
+        for name in names:
+            assert fetched.get(name) in (old[name], new[name]), (writes, name)
+        assert checkpoint.generations(empty / "checkpoints")
+        shutil.rmtree(place.root)
+        if left >= 0:
+            break
+    assert writes > len(names)
+    assert fetched.items() <= new.items()
+
+
 def test_nothing_is_mirrored_without_an_address(folder: Path) -> None:
     copies = mirror.start("", folder)
     copies.copy()

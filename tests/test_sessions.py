@@ -45,7 +45,12 @@ def begin(folder: Path, price_per_hour: float = 0.97, step: int = 0, epochs: int
 # ------------------------------------------------------------------------------ the file
 
 
-def test_every_line_tells_the_whole_session(tmp_path: Path) -> None:
+def test_every_line_tells_the_whole_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one is on the disk when the session ends: the machine may go."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.extend(sessions.read(tmp_path)[-1:]))
     session = begin(tmp_path, step=7, epochs=1)
     session.beat(9, 1, now=True)
     session.ending = sessions.SIGNAL
@@ -54,6 +59,7 @@ def test_every_line_tells_the_whole_session(tmp_path: Path) -> None:
     assert (first["first_step"], first["step"], first["epochs"]) == (7, 7, 1)
     assert (second["first_step"], second["step"], second["ended"]) == (7, 9, None)
     assert (last["first_step"], last["step"], last["ended"]) == (7, 9, "signal")
+    assert flushed == [last]
     for line in (first, second, last):
         assert (line["gpu"], line["cpu"], line["instance_type"]) == ("NVIDIA A10G", "EPYC", None)
         assert (line["session"], line["began"]) == (first["session"], first["began"])
@@ -84,6 +90,17 @@ def test_the_price_is_that_of_all_sessions_each_at_its_own(tmp_path: Path) -> No
     expected = first_s / 3600 * 2 + second.line["alive_s"] / 3600 * 6
     assert math.isclose(price_usd, expected) and price_usd > 6
     assert math.isclose(sessions.price_usd(sessions.read(tmp_path)), expected)
+
+
+def test_a_budget_is_spent_at_its_last_cent(tmp_path: Path) -> None:
+    session = begin(tmp_path, price_per_hour=2.5)
+    session._started -= 3600  # as if an hour had passed
+    spent_usd = session.beat(1, 0, now=True)
+    budgets = (0.0, spent_usd - 0.01, spent_usd, spent_usd + 0.01)
+    configs = [Config(budget_usd=usd) for usd in budgets]
+    assert [sessions.budget_is_spent(tmp_path, config) for config in configs] == [
+        *(False, True, True, False)
+    ]
 
 
 def test_wherever_the_last_line_is_torn_all_others_stay(tmp_path: Path) -> None:

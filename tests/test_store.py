@@ -290,6 +290,36 @@ def test_a_changed_picture_is_refused_when_it_is_read(written: Path) -> None:
 # ------------------------------------------------------------------------------ going on
 
 
+def test_a_store_gets_its_name_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Content, its sum, name, folder: a loss of power leaves none that is not whole."""
+    order = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append(f"flush {path.name} {path.stat().st_size if path.is_file() else 'folder'}")
+        real_fsync(descriptor)
+
+    def replace(old: Path, new: Path) -> None:
+        order.append(f"rename {Path(old).name}")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write(tmp_path / "store")
+    size, sum_size = ((tmp_path / name).stat().st_size for name in ("store", "store.sha256"))
+    assert order == [
+        f"flush store.partial {size}",
+        f"flush .store.sha256.tmp {sum_size}",
+        "rename .store.sha256.tmp",
+        f"flush {tmp_path.name} folder",
+        "rename store.partial",
+        f"flush {tmp_path.name} folder",
+    ]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_partial_store_is_continued_from_any_length(tmp_path: Path, finished: bool) -> None:
     """`finished`: as after a kill while the index was being written."""

@@ -60,6 +60,17 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
+def test_the_instances_are_as_awss_list_has_them() -> None:
+    """vCPUs and dollars an hour on demand, in us-east-1; the reference run had the largest."""
+    assert estimate_cost.INSTANCES == {
+        "g5.xlarge": (4, 1.006),
+        "g5.2xlarge": (8, 1.212),
+        "g5.8xlarge": (32, 2.448),
+    }
+    options = estimate_cost.EstimateOptions(config=RECIPES["reference"].config)
+    assert round(2.448 * options.spot_share, 2) == options.config.price_per_hour
+
+
 def test_the_gpu_sets_the_hours(tmp_path: Path) -> None:
     answer = estimate(tmp_path, "--gpu-img-per-s", "1000", "--epochs-to-show", "10", "20")
     assert answer.returncode == 0, answer.stderr
@@ -82,6 +93,10 @@ def test_too_few_cores_set_the_hours(tmp_path: Path) -> None:
     smallest, _, largest = rows(answer.stdout)[:3]
     assert smallest[3:5] == [f"{hours:.1f}", f"${hours * 1.006:.2f}"]
     assert smallest[-1] == "CPU in 100 % of the time" and largest[-1] == "GPU"
+    # Of 160 px the next larger size, of 256 px the largest that was measured.
+    rates = {224: 2000.0, 128: 4000.0}
+    found = [estimate_cost.core_rate(rates, px) for px in (96, 128, 160, 224, 256)]
+    assert found == [4000, 4000, 2000, 2000, 2000]
 
 
 def test_trivial_augment_has_a_rate_of_its_own(tmp_path: Path) -> None:

@@ -124,6 +124,26 @@ def test_a_run_is_drawn_as_logged_beside_the_reference(tmp_path: Path) -> None:
     assert all(tick == int(tick) for tick in loss.get_xticks())
 
 
+def test_the_reference_is_as_it_was_published() -> None:
+    """Epoch, training loss, top-1 and top-5, learning rate, validation loss, top-1 and top-5."""
+    published = """
+        1  5.88  3.94 11.55 0.00884   59.80  0.10  0.50
+        5  2.91 37.51 62.82 0.04900    3.05 33.81 60.30
+       10  2.33 48.03 72.79 0.13300    2.22 48.82 74.79
+       15  2.15 51.32 75.63 0.17500    2.07 51.98 77.18
+       20  2.05 53.34 77.26 0.16633    1.93 54.10 79.69
+       25  1.97 54.91 78.41 0.14205    1.93 54.42 79.80
+       30  1.90 56.40 79.51 0.10697    1.89 55.23 80.12
+       35  1.79 58.61 81.06 0.06803    1.67 59.65 83.54
+       40  1.60 62.35 83.60 0.03294    1.45 63.96 86.56
+       45  1.29 69.10 87.69 0.00866    1.19 70.27 89.88
+       48  1.07 74.09 90.36 0.00141    1.02 74.11 91.99
+       50  1.00 75.65 91.12 0.0000007  0.97 75.29 92.56
+    """
+    rows = [tuple(map(float, line.split())) for line in published.strip().splitlines()]
+    assert list(PUBLISHED) == rows
+
+
 def test_runs_are_told_apart_by_colour(tmp_path: Path) -> None:
     rows = {"a": [make_row(1), make_row(2)], "_b": [make_row(1, val_top1=9.5)]}
     runs = {name: read_curves(make_run(tmp_path, name, rows[name])) for name in rows}

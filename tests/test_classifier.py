@@ -78,6 +78,7 @@ def not_onnx(folder: Path) -> None:
         (not_onnx, "model.onnx does not run"),
         (describe(input_px=33), "model.onnx does not run"),
         (describe(labels=["red", "green"]), "3 outputs, model.json has 2 labels and 3 classes"),
+        (describe(classes=["n1", "n2"]), "3 outputs, model.json has 3 labels and 2 classes"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(
@@ -98,13 +99,19 @@ def test_a_hash_pins_both_files(export: Path) -> None:
         classifier.load_export(export, model_json_sha256=digest)
 
 
-@pytest.mark.parametrize(("limit", "cpus"), [("100000 100000", 1), ("1000 100000", 1), ("max", 0)])
+@pytest.mark.parametrize(
+    ("limit", "cpus"),
+    [
+        *(("100000 100000", 1), ("1000 100000", 1), ("150000 50000", 3), ("max", 4)),
+        ("9900000 100000", 4),  # of a share that is larger than the machine
+    ],
+)
 def test_a_container_uses_the_cpus_of_its_share(
     monkeypatch: pytest.MonkeyPatch, limit: str, cpus: int
 ) -> None:
-    here = len(classifier.os.sched_getaffinity(0))
+    monkeypatch.setattr(classifier.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setattr(classifier.Path, "read_text", lambda *_, **__: limit)
-    assert classifier.cpus() == (cpus or here)
+    assert classifier.cpus() == cpus
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -237,8 +244,10 @@ def test_what_is_not_read_gets_a_status_and_a_sentence() -> None:
         (png_of_size(10_000, 5_001), 413, "more than 50 million pixels"),
         (png_of_size(30_000, 30_000), 413, "more than 50 million pixels"),
         (encode(Image.new("L", (1, 5000)), "PNG"), 422, "100 times as long as wide"),
+        (encode(Image.new("L", (5000, 1)), "PNG"), 422, "100 times as long as wide"),
         (with_scans(65), 422, "too many scans"),
         (with_scans(65, before=b"\xff\xe1\0\4\xff\xd9"), 422, "too many scans"),
+        (with_scans(65, before=b"\xff\xc0\0\4\xff\xd9"), 422, "too many scans"),
         (with_scans(65, before=b"\xff\x02\xff\x00"), 422, "too many scans"),
     ]
     for content, status, words in cases:

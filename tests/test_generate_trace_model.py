@@ -1,5 +1,6 @@
 """The export: what is printed and written, and that nothing unequal leaves the stage."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -279,6 +280,18 @@ def test_other_formats_that_differ_are_refused_too(
     assert after == before
 
 
+def test_the_accuracy_told_is_that_of_the_weights(tmp_path: Path) -> None:
+    """The last evaluation's, in fp32, where it was of these weights: not before more epochs."""
+    counts = {"val_top5": 100.0, "val_images": 12}
+    rows = [{"epoch": epoch, "val_top1": top1, **counts} for epoch, top1 in ((1, 40), (2, 50))]
+    utils.write_metrics(tmp_path / "metrics.jsonl", rows)
+    for epoch, expected in ((1, rows[1]), (2, {"epoch": 2, "val_top1": 51, **counts})):
+        result = {"epoch": epoch, "val_top1": 51, **counts, "weights": "best.pt"}
+        utils.write_json(tmp_path / "result.json", result)
+        assert generate_trace_model.measured_accuracy(tmp_path, "best") == expected
+        assert generate_trace_model.measured_accuracy(tmp_path, "last") == rows[1]
+
+
 def test_the_last_weights_are_exported_when_asked_for(runs: Path, tmp_path: Path) -> None:
     done = export(
         *(runs, tmp_path, "--name", "tiny", "--weights", "last", "--examples", "2"),
@@ -399,3 +412,15 @@ def test_unequal_outputs_are_refused_and_nothing_is_written(
     assert error.value.exit_code == 1
     assert not (tmp_path / "app").exists()
     assert sorted((runs / "tiny").rglob("*")) == before
+
+
+def test_outputs_that_are_not_numbers_are_refused() -> None:
+    def mean(images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+    images = torch.ones(2, 3, 8, 8)
+    for factor in (1.0, float("nan")):
+        export = generate_trace_model.Export("model.pt", b"", lambda x, f=factor: f * mean(x), {})
+        refused = pytest.raises(utils.UserError, match="differ by nan")
+        with refused if factor != 1.0 else contextlib.nullcontext():
+            generate_trace_model.compare("torchscript", mean, export, images, are_photos=True)

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,18 @@ def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> 
     saver.save(make_state(1))
     with pytest.raises(NotADirectoryError):
         saver.save(make_state(2))
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.save(tmp_path, make_state(1))
+    room = types.SimpleNamespace(free=path.stat().st_size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    monkeypatch.setattr(checkpoint, "write_atomically", None)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(tmp_path, make_state(2))
+    assert checkpoint.generations(tmp_path) == [path]
 
 
 def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:

@@ -213,7 +213,9 @@ def test_what_is_kept_is_the_average_of_the_best_epoch_the_first_of_equals(
     def finish(run: engine.Run) -> None:
         run.step, run.epoch_s = run.step + 3, 1.0
         run.totals["counts"] += 1
+        run.model.train()
         trainer.finish_epoch(run, config, val_set, bool)
+        assert not run.model.training  # else too little memory would name another setting
 
     def validated(net: torch.nn.Module) -> dict[str, float]:
         batches = data.val_batches(val_set, config)

@@ -236,6 +236,7 @@ def test_what_is_not_read_gets_a_status_and_a_sentence() -> None:
     cases = [
         (b"", 400, "The picture is empty."),
         (bytes(classifier.MAX_BYTES + 1), 413, "more than 20 MB"),
+        (bytes(classifier.MAX_BYTES), 415, "not a picture that can be read"),
         (b"milk, eggs, flour", 415, "not a picture that can be read"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "not a picture"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), 415, "HEIC"),

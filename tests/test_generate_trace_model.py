@@ -414,13 +414,19 @@ def test_unequal_outputs_are_refused_and_nothing_is_written(
     assert sorted((runs / "tiny").rglob("*")) == before
 
 
-def test_outputs_that_are_not_numbers_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("off_alone", "off_together", "said"),
+    [(0.0, 0.0, ""), (0.0, float("nan"), "differ by nan"), (1.0, 0.0, "differ by 1")],
+)
+def test_outputs_that_are_not_numbers_or_wrong_of_a_picture_alone_are_refused(
+    off_alone: float, off_together: float, said: str
+) -> None:
     def mean(images: torch.Tensor) -> torch.Tensor:
         return images.mean((2, 3))
 
-    images = torch.ones(2, 3, 8, 8)
-    for factor in (1.0, float("nan")):
-        export = generate_trace_model.Export("model.pt", b"", lambda x, f=factor: f * mean(x), {})
-        refused = pytest.raises(utils.UserError, match="differ by nan")
-        with refused if factor != 1.0 else contextlib.nullcontext():
-            generate_trace_model.compare("torchscript", mean, export, images, are_photos=True)
+    def off(images: torch.Tensor) -> torch.Tensor:
+        return mean(images) + (off_alone if len(images) == 1 else off_together)
+
+    export = generate_trace_model.Export("model.pt", b"", off, {})
+    with pytest.raises(utils.UserError, match=said) if said else contextlib.nullcontext():
+        generate_trace_model.compare("torchscript", mean, export, torch.ones(2, 3, 8, 8), True)

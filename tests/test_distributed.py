@@ -153,6 +153,7 @@ def finished_epoch(config: Config) -> dict[str, Any]:
         tensor.fill_(1 + place + distributed.number())
     run.step, run.epoch_s = 3, 1.0
     run.totals["counts"] += 1
+    run.totals["trouble"][0] += 1  # a step that all have skipped
     trainer.finish_epoch(run, config, val_set, bool)
     return {"row": run.history[0], "statistics": [tensor.tolist() for tensor in statistics]}
 
@@ -208,7 +209,13 @@ def alone_and_together(folder: Path, config: Config) -> None:
             told.append("none")
         except UserError as error:
             told.append(f"{error} {error.exit_code}")
+    once: list[str] = []
+    distributed.once_a_machine(once.append, "of one machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        distributed.once_a_machine(once.append, "of a machine each")
     record = {
+        "once": once,
         "seen": seen,
         "told": told,
         "flags": distributed.any_of(distributed.number() == 1, False),
@@ -284,6 +291,8 @@ def test_several_processes_compute_what_one_does(
         assert math.isclose(ours["val_loss"], theirs["val_loss"], rel_tol=1e-5)  # in float32
         assert ours["val_correct1"] == theirs["val_correct1"]
         assert (ours["train_images"], theirs["train_images"]) == (count, 1)
+        assert ours["skipped_steps"] == theirs["skipped_steps"] == 1
+        assert record["once"] == ["of one machine"] * (rank == 0) + ["of a machine each"]
         assert record["flags"] == [True, False]
         assert record["from_main"] == "of 0"
         main_says = ["none", "trouble of 0 7", "process 1: trouble of 1 7"]

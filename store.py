@@ -252,7 +252,8 @@ class StoreWriter:
 
     A partial store that is there already is continued: it is read and compared from its beginning,
     and cut at the first picture that is incomplete or damaged. Raises UserError if it was begun
-    with other settings, if another process writes it, or if the disk takes no more.
+    with other settings, if another process writes it or has finished the store, or if the disk
+    takes no more.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -269,6 +270,11 @@ class StoreWriter:
         self._file = open(self.partial, "a+b", buffering=0)  # noqa: SIM115 (`close` closes it)
         try:
             self._lock()
+            if self.path.exists():  # even what was opened as STORE.partial may have become it
+                raise UserError(
+                    f"another process has finished {self.path} meanwhile: use it, or remove it to "
+                    "pack it anew"
+                )
             self._continue()
         except BaseException:
             self.close()

@@ -376,6 +376,29 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
         store.StoreWriter(tmp_path / "store", SETTINGS)
 
 
+def test_a_store_that_another_writer_finishes_meanwhile_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store"
+    first = store.StoreWriter(path, SETTINGS)
+    first.add("train/a/1.jpg", b"x")
+    lock = store.StoreWriter._lock
+
+    def lock_late(writer: store.StoreWriter) -> None:
+        first.finish()  # what the second has opened by now is the finished store
+        lock(writer)
+
+    monkeypatch.setattr(store.StoreWriter, "_lock", lock_late)
+    with pytest.raises(UserError, match=f"another process has finished {path} meanwhile: use it"):
+        store.StoreWriter(path, SETTINGS)
+    sums = (tmp_path / "store.sha256").read_text()
+    assert sums.split()[0] == hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=f"another process has finished {path} meanwhile: use it"):
+        store.StoreWriter(path, SETTINGS)
+    store.open_store(path)
+
+
 def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
     """A true failing write, by the limit that the kernel sets to the size of a file."""
     digest = write(tmp_path / "whole")

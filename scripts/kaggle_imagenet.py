@@ -169,6 +169,7 @@ def prepare(
                     "give the same command again"
                 ) from None
     opened = open_store(store_path)
+    packing.check_settings(opened, max_side, quality)
     left_out = collections.Counter(entry.partition("/")[0] for entry, *_ in opened.info["skipped"])
     counts = {part: end - first + left_out[part] for part, (first, end) in opened.parts.items()}
     is_whole = counts == data_set.pictures and len(opened.classes) == data_set.classes

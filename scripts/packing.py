@@ -541,18 +541,23 @@ def pack(
     Raises UserError for whatever a person can mend.
     """
     if store_path.exists():
-        done = open_store(store_path)
-        settings = ", ".join(f"{key} {value}" for key, value in done.info["settings"].items())
-        if done.info["settings"] != {"max_side": max_side, "quality": quality}:
-            raise UserError(
-                f"{store_path} is finished already, with other settings ({settings}): name another "
-                "store, or remove it to pack it anew"
-            )
+        settings = check_settings(open_store(store_path), max_side, quality)
         log.info("%s is finished already (%s): nothing to do", store_path, settings)
         return
     source = open_source(source_path)
     entries, members = list_pictures(source, val_labels)
     pack_pictures(source, entries, members, store_path, max_side, quality, workers, skip_bad_images)
+
+
+def check_settings(store: Store, max_side: int, quality: int) -> str:
+    """The settings that a finished store was packed with; raises UserError if they are others."""
+    settings = ", ".join(f"{key} {value}" for key, value in store.info["settings"].items())
+    if store.info["settings"] != {"max_side": max_side, "quality": quality}:
+        raise UserError(
+            f"{store.path} is finished already, with other settings ({settings}): give these, name "
+            "another place for the new one, or remove it to pack it anew"
+        )
+    return settings
 
 
 def pack_pictures(

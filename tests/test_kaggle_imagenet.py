@@ -297,19 +297,26 @@ def test_from_nothing_to_a_store(kaggle: Kaggle, home: Path, folder: Path) -> No
     assert kaggle.log[-2][2] == f"Bearer {SECRETS[0]}" and kaggle.log[-1][2] == ""
 
     before, kaggle.log = files_in(folder), []
+    again = ("imagenet", folder, "--quality", 80)
     for step in ("all", "download", "check", "pack"):
-        said = succeeded(prepare(kaggle, home, "imagenet", folder, "--step", step))
+        said = succeeded(prepare(kaggle, home, *again, "--step", step))
         assert said.endswith("imagenet.store is finished: nothing more to do\n")
+    for other in ((), ("--quality", 80, "--max-side", 200)):
+        line = error_line(prepare(kaggle, home, "imagenet", folder, *other, "--remove-archive"))
+        assert line.startswith(
+            f"{folder / 'imagenet.store'} is finished already, with other settings (max_side 400, "
+            "quality 80): give these"
+        )
     assert (files_in(folder), kaggle.log) == (before, [])
 
     damaged = (folder / "imagenet.store").read_bytes()
     at = damaged.index(picture(1)) + 20
     (folder / "imagenet.store").write_bytes(damaged[:at] + b"x" + damaged[at + 1 :])
-    line = error_line(prepare(kaggle, home, "imagenet", folder, "--remove-archive"))
+    line = error_line(prepare(kaggle, home, *again, "--remove-archive"))
     assert "imagenet.store.sha256 says, so nothing was removed" in line
     assert archive.exists()
     (folder / "imagenet.store").write_bytes(damaged)
-    said = succeeded(prepare(kaggle, home, "imagenet", folder, "--remove-archive"))
+    said = succeeded(prepare(kaggle, home, *again, "--remove-archive"))
     assert f"removed {archive}, {size}\n" in said
     assert not archive.exists() and kaggle.log == []
 

@@ -49,12 +49,21 @@ Prepared = tuple[bytes, int, int, bool]  # encoded picture, height, width, wheth
 
 
 class FolderSource:
-    """The files under a folder, sorted."""
+    """The files under a folder, sorted; links are followed, but not to folders that they lie in."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names: list[str] = []  # "a/b/c.jpg"; those of folders end in "/"
+        on_the_way = {os.fspath(path): {_identity(path)}}  # of folders that are still to be walked
         for folder, folders, files in os.walk(path, onerror=_raise, followlinks=True):
+            above = on_the_way.pop(folder)
+            for name in sorted(folders):
+                inner = os.path.join(folder, name)
+                if (identity := _identity(inner)) in above:
+                    log.info("left aside: %s, a link to a folder that it lies in", inner)
+                    folders.remove(name)
+                else:
+                    on_the_way[inner] = above | {identity}
             folders.sort()
             inside = os.path.relpath(folder, path)
             self.names.append(f"{inside}/")
@@ -163,6 +172,11 @@ def open_source(path: Path) -> Source:
         if tarfile.is_tarfile(path):
             return TarSource(path)
     raise UserError(f"{path} is no zip or tar, or its beginning is lost: name another, or a folder")
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
 
 
 def _raise(error: OSError) -> None:

@@ -533,3 +533,20 @@ def test_unreadable_files_of_a_folder_are_bad_pictures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     opened = store.open_store(tmp_path / "store")
     assert opened.info["skipped"] == [["train/a/lost.jpg", "No such file or directory"]]
+
+
+def test_links_that_point_upward_are_left_aside(tmp_path: Path) -> None:
+    source, path = make_source(tmp_path / "source", SMALL), tmp_path / "store"
+    links = {"up": "..", "train/a/all": "../..", "train/b/a": "../a", "train/a/b": "../b"}
+    for name, target in links.items():
+        (source / name).symlink_to(target)
+    make_source(tmp_path / "elsewhere", {"c.jpg": picture(8)})
+    for part in ("train", "val"):  # others are followed
+        (source / part / "c").symlink_to(tmp_path / "elsewhere")
+    done = run_stage_command(SCRIPT, "pack", source, path, timeout=WAIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    classes = [f"{part}/{name}/{name}.jpg" for part in ("train", "val") for name in "abc"]
+    assert entries(store.open_store(path)) == classes
+    told = re.findall("left aside: (.*), a link to a folder that it lies in", done.stdout)
+    upward = ("train/a/all", "train/a/b/a", "train/b/a/all", "train/b/a/b", "up/source")
+    assert sorted(told) == [f"{source}/{name}" for name in upward]

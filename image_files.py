@@ -12,6 +12,7 @@ on, a file whose bytes have changed is refused when it is read.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -351,7 +352,12 @@ def image_names(folder: Path) -> list[str]:
 
 
 def _is_class_folder(entry: os.DirEntry) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
+    try:
+        return entry.is_dir() and not entry.name.startswith(".")
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself is none, as one to nothing is
+            raise
+        return False
 
 
 def check_same_classes(train: ImageSet, val: ImageSet) -> None:

@@ -317,6 +317,13 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         write_set(tmp_path, {"a/1.jpg": b"", "b/deeper/1.jpg": b"", "b/notes.txt": b""})
 
 
+def test_a_link_to_itself_is_no_class_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("missing")
+    (tmp_path / "b").symlink_to("a")
+    assert write_set(tmp_path, {"a/1.jpg": b""}).classes == ("a", "b")
+
+
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:
     def set_of(part: str, *classes: str) -> image_files.ImageSet:
         return write_set(tmp_path / part, {f"{name}/1.jpg": b"" for name in classes})

@@ -442,6 +442,12 @@ def open_images(
         for part, image_set in parts.items()
     )
     images, size = len(train_set), config.batch_size
+    if len(train_set.classes) < 2:
+        raise UserError(
+            f"{train_set.folder} has {images:,} image{'s' * (images > 1)} in one class, "
+            f"{train_set.classes[0]}: training needs two classes or more, and at least two images, "
+            "since BatchNorm has no statistics of a single one"
+        )
     if images < size:
         raise UserError(
             f"batch_size is {size}, but {train_set.folder} has {images:,} images: use --batch-size "

@@ -413,6 +413,17 @@ def test_damage_inside_a_file_is_skipped_too(tmp_path: Path) -> None:
     assert image_files.open_images(config)[2] == ["train/0/2.jpg"]
 
 
+@pytest.mark.parametrize(("images", "counted"), [(1, "1 image"), (6, "6 images")])
+def test_a_single_class_is_refused(images: int, counted: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, batch_size=2)
+    for part in ("train", "val"):
+        shutil.rmtree(tmp_path / part / "1")
+    for path in list((tmp_path / "train/0").iterdir())[images:]:
+        path.unlink()
+    with pytest.raises(UserError, match=f"train has {counted} in one class, 0: .*two images"):
+        image_files.open_images(config)
+
+
 @pytest.mark.parametrize(("batch_size", "advice"), [(12, "--batch-size 11"), (5, "--batch-size 4")])
 def test_a_batch_size_that_does_not_suit_the_images_is_refused(
     batch_size: int, advice: str, tmp_path: Path
@@ -521,8 +532,8 @@ def test_what_is_removed_is_missed(tmp_path: Path) -> None:
     assert "0/4.jpg" not in image_files.open_images(config)[0].files
     for part in ("train", "val"):
         shutil.rmtree(tmp_path / part / "1")
-    config = dataclasses.replace(config, batch_size=3)
-    train, val, _ = image_files.open_images(config)
+    folders = {part: str(tmp_path / part) for part in ("train", "val")}
+    train, val = (image_files.open_image_set(folder, part) for part, folder in folders.items())
     assert train.classes == val.classes == ("0",)
     assert len(train) == 5 and train.labels.tolist() == [0] * 5
 

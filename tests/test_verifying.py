@@ -324,7 +324,7 @@ def test_what_may_be_damaged_is_told_with_its_path(name: str, tmp_path: Path) ->
     }
     if name != "zeros_inside.jpg":
         assert_close(image_files.decode(contents[name]), pixels(SCENE), JPEG)
-    make_images(tmp_path, classes=1, images=3)
+    make_images(tmp_path, classes=3, images=3)
     path = tmp_path / "train" / "class_0" / name
     path.write_bytes(contents[name])
     done = verify(tmp_path)

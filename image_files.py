@@ -8,7 +8,8 @@ encoded bytes of image number i.
 A folder's listing is kept in it as `.image_index.npz` once its files were checked, so that the next
 start reads one file instead of opening 1.3 million; it is made anew when a class folder changes.
 `scripts/prepare_data.py verify` keeps a checksum of each file there too, as a store has: from then
-on, a file whose bytes have changed is refused when it is read.
+on, a file whose bytes have changed is refused when it is read. An index with checksums is replaced
+by `verify` alone; a copy of the folder with all its times and the index in it keeps them.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 INDEX_NAME = ".image_index.npz"
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # What reading one raises that is missing or damaged: a bit may turn it into a zip that is encrypted
 # or compressed in a way unheard of (RuntimeError), or into a single array (TypeError).
 DAMAGED_INDEX = (
@@ -87,7 +88,9 @@ class ImageSet:
     positions: np.ndarray | None = None  # of the images in the store, int64
     checked: int = NOT_CHECKED
     crcs: np.ndarray | None = None  # CRC-32 of each file when the folder was verified, uint32
-    class_times_ns: tuple[int, ...] = ()  # when the class folders had last changed when listed
+    # When the class folders had last changed when listed: mtime, which `cp -a` and `tar x` set
+    # back, and ctime, which nothing does.
+    class_times_ns: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -229,11 +232,16 @@ def open_image_set(folder_name: str, part: str) -> ImageSet:
     if image_set is None:
         before, image_set = read_index(folder, outdated=True), list_folder(folder)
         if before is not None and before.crcs is not None:
-            log.info(
-                "files in %s were added, removed or replaced since it was verified: its checksums "
-                "are not compared any more, until `python3 scripts/prepare_data.py verify`",
-                folder,
-            )
+            if _is_copy(before, image_set):
+                image_set = dataclasses.replace(image_set, checked=before.checked, crcs=before.crcs)
+                keep_index(image_set, image_set.checked)
+            else:
+                log.info(
+                    "files in %s were added, removed or replaced since it was verified: its "
+                    "checksums are not compared, and each start checks its files, until `python3 "
+                    "scripts/prepare_data.py verify`",
+                    folder,
+                )
     empty = image_set.empty_classes()
     if empty:
         raise UserError(
@@ -284,6 +292,13 @@ def _open_part(store: Store, part: str) -> ImageSet:
     )
 
 
+def _is_copy(before: ImageSet, now: ImageSet) -> bool:
+    """Whether a folder's names and mtimes are still those of its index."""
+    mtimes_ns = [[mtime_ns for mtime_ns, _ in each.class_times_ns] for each in (before, now)]
+    same_names = (before.classes, before.names) == (now.classes, now.names)
+    return same_names and mtimes_ns[0] == mtimes_ns[1]
+
+
 def read_index(folder: Path, outdated: bool = False) -> ImageSet | None:
     """What `list_folder` would find, as it was kept; None if nothing was, or a folder changed.
 
@@ -291,22 +306,30 @@ def read_index(folder: Path, outdated: bool = False) -> ImageSet | None:
     """
     classes, times_ns = _class_folders(folder)
     try:
-        with (
-            open(folder / INDEX_NAME, "rb") as file,
-            np.load(file, allow_pickle=False) as index,
-        ):
-            kept_classes = tuple(os.fsdecode(index["classes"].tobytes()).split("\n"))
-            kept_times_ns = tuple(index["class_times_ns"].tolist())
-            is_current = (kept_classes, kept_times_ns) == (classes, times_ns)
-            if int(index["version"]) != INDEX_VERSION or not (is_current or outdated):
+        with zipfile.ZipFile(folder / INDEX_NAME) as archive:
+
+            def load(name: str) -> np.ndarray:
+                # As a whole: np.load by itself may end before zipfile compares its checksum.
+                return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+
+            if int(load("version")) != INDEX_VERSION:
+                return None
+            kept_classes = tuple(os.fsdecode(load("classes").tobytes()).split("\n"))
+            kept_times_ns = tuple(map(tuple, load("class_times_ns").tolist()))
+            if (kept_classes, kept_times_ns) != (classes, times_ns) and not outdated:
+                return None
+            names, crcs = load("names").tobytes(), load("crc32")
+            labels = np.repeat(np.arange(len(kept_classes)), load("counts"))
+            files = names.count(b"\n") + 1 if names else 0
+            if len(labels) != files or len(crcs) not in (0, files):
                 return None
             return ImageSet(
                 folder,
                 kept_classes,
-                index["names"].tobytes(),
-                np.repeat(np.arange(len(kept_classes)), index["counts"]),
-                checked=int(index["checked"]),
-                crcs=index["crc32"] if len(index["crc32"]) else None,
+                names,
+                labels,
+                checked=int(load("checked")),
+                crcs=crcs if len(crcs) else None,
                 class_times_ns=kept_times_ns,
             )
     except DAMAGED_INDEX:
@@ -315,10 +338,17 @@ def read_index(folder: Path, outdated: bool = False) -> ImageSet | None:
 
 def keep_index(image_set: ImageSet, checked: int) -> None:
     """Keep a folder's listing in it, for the next start; a folder that may not be written in,
-    or is being changed, goes without."""
-    just_now_ns = time.time_ns() - 2 * 10**9  # a change within a tick of the clock leaves no trace
-    if not image_set.class_times_ns or max(image_set.class_times_ns) > just_now_ns:
+    or is being changed, goes without. One with checksums stays where there are none to replace it.
+    """
+    # A change within a tick of the clock leaves no trace; what sets mtimes back takes far longer.
+    just_now_ns = time.time_ns() - 2 * 10**9
+    mtimes_ns = [mtime_ns for mtime_ns, _ in image_set.class_times_ns]
+    if not mtimes_ns or max(mtimes_ns) > just_now_ns:
         return
+    if image_set.crcs is None:
+        before = read_index(image_set.folder, outdated=True)
+        if before is not None and before.crcs is not None:
+            return  # `verify` compares the files with them
     content = io.BytesIO()
     np.savez(
         content,
@@ -336,10 +366,11 @@ def keep_index(image_set: ImageSet, checked: int) -> None:
         log.info("no index is kept in %s: %s", image_set.folder, error.strerror)
 
 
-def _class_folders(folder: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names of the class folders, sorted, and when each has last changed, in ns."""
+def _class_folders(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """Names of the class folders, sorted, and mtime and ctime of each, in ns."""
     classes = tuple(sorted(entry.name for entry in os.scandir(folder) if _is_class_folder(entry)))
-    return classes, tuple(os.stat(folder / name).st_mtime_ns for name in classes)
+    stats = [os.stat(folder / name) for name in classes]
+    return classes, tuple((stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def image_names(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -459,21 +460,47 @@ def spoil_unseen(path: Path) -> None:
         file.truncate(10)
 
 
-def test_a_checked_folder_is_neither_listed_nor_opened_again(tmp_path: Path) -> None:
+def test_a_checked_folder_is_neither_listed_nor_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = indexed(tmp_path)
     first = [list_set(image_set) for image_set in image_files.open_images(config)[:2]]
-    for part in ("train", "val"):
-        for class_folder in (tmp_path / part).glob("*/"):
-            before = class_folder.stat()
-            for number, path in enumerate(sorted(class_folder.iterdir())):
-                if number % 2:
-                    spoil_unseen(path)
-                else:
-                    path.rename(path.with_name(f"other_{number}.jpg"))
-            os.utime(class_folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for path in tmp_path.glob("*/*/*.jpg"):
+        spoil_unseen(path)
+    monkeypatch.delattr(image_files, "image_names")  # which lists a class folder
     *again, skipped = image_files.open_images(config)
     assert [list_set(image_set) for image_set in again] == first
     assert skipped == []
+
+
+@pytest.mark.parametrize("command", ["tar", "cp"])
+def test_what_comes_with_the_old_time_of_its_folder_is_found(command: str, tmp_path: Path) -> None:
+    config = indexed(tmp_path)
+    train, copy = tmp_path / "train", tmp_path / "copy"
+    before = (train / "1").stat().st_mtime_ns
+    subprocess.run(["cp", "-a", train, copy], check=True)
+    (copy / "1/new.jpg").write_bytes(WHOLE["a.jpg"])
+    (copy / "1/3.jpg").write_bytes(b"")
+    os.utime(copy / "1", ns=(before, before))
+    if command == "tar":  # in the format that keeps fractions of a second
+        tar = tmp_path / "tar"
+        subprocess.run(["tar", "-C", copy, "--format=pax", "-cf", tar, "1"], check=True)
+        subprocess.run(["tar", "-C", train, "-xf", tar], check=True)
+    else:
+        subprocess.run(["cp", "-a", copy / "1", train], check=True)
+    assert (train / "1").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"1 of 17 images cannot be read.*1/3\.jpg"):
+        image_files.open_images(config)
+    (train / "1/3.jpg").write_bytes(WHOLE["a.jpg"])
+    assert "1/new.jpg" in image_files.open_images(config)[0].files
+
+
+def test_a_copy_of_a_checked_folder_is_checked_again(tmp_path: Path) -> None:
+    indexed(tmp_path)
+    subprocess.run(["cp", "-a", tmp_path / "train", tmp_path / "copy"], check=True)
+    assert (tmp_path / "copy" / image_files.INDEX_NAME).is_file()
+    for folder, checked in (("train", image_files.LOOKED_WHOLE), ("copy", image_files.NOT_CHECKED)):
+        assert image_files.open_image_set(str(tmp_path / folder), "train").checked == checked
 
 
 def list_set(image_set: image_files.ImageSet) -> tuple:
@@ -559,6 +586,38 @@ def test_a_damaged_index_is_as_good_as_none(tmp_path: Path) -> None:
     assert image_files.open_image_set(str(tmp_path / "train"), "train").checked == 0
     image_files.open_images(config)
     assert image_files.open_image_set(str(tmp_path / "train"), "train").checked == 1
+
+
+def test_an_index_is_used_whole_or_not_at_all(tmp_path: Path) -> None:
+    indexed(tmp_path)
+    train = tmp_path / "train"
+    index, listed = train / image_files.INDEX_NAME, image_files.list_folder(train)
+    crcs = np.arange(11, dtype=np.uint32) * 0x01010101
+    index.unlink()
+    image_files.keep_index(dataclasses.replace(listed, crcs=crcs), image_files.DECODED)
+    whole = index.read_bytes()
+    used = 0
+    for at in range(len(whole)):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << at % 8
+        index.write_bytes(changed)
+        opened = image_files.open_image_set(str(train), "train")
+        assert list_set(opened) == list_set(listed)
+        kept = opened.checked, None if opened.crcs is None else opened.crcs.tolist()
+        assert kept in ((image_files.DECODED, crcs.tolist()), (image_files.NOT_CHECKED, None))
+        used += opened.checked
+    assert used < len(whole)  # where a bit stands for nothing, such as a member's time
+
+    with np.load(io.BytesIO(whole)) as archive:
+        arrays = dict(archive)
+    wrong = {
+        "counts": arrays["counts"] + 1,
+        "names": arrays["names"][: bytes(arrays["names"]).rindex(b"\n")],
+        "crc32": crcs[1:],
+    }
+    for name, array in wrong.items():
+        np.savez(index, **{**arrays, name: array})
+        assert image_files.open_image_set(str(train), "train").checked == 0
 
 
 def test_an_index_of_another_version_is_not_used(

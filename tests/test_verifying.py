@@ -500,6 +500,52 @@ def test_a_verified_folder_is_checked_no_more_and_knows_its_files(
     assert "added, removed or replaced since it was verified" in caplog.text
 
 
+def test_a_copy_keeps_the_checksums_of_the_same_names(tmp_path: Path) -> None:
+    make_images(tmp_path / "set", classes=2, images=3)
+    settled(tmp_path / "set")
+    assert verify(tmp_path / "set").returncode == 0
+    original = image_files.open_image_set(str(tmp_path / "set/train"), "train")
+    subprocess.run(["cp", "-a", tmp_path / "set", tmp_path / "copy"], check=True)
+    train = tmp_path / "copy/train"
+    assert image_files.read_index(train) is None
+    opened = image_files.open_image_set(str(train), "train")
+    assert opened.checked == image_files.DECODED
+    assert opened.crcs.tolist() == original.crcs.tolist()
+    assert image_files.read_index(train).crcs.tolist() == original.crcs.tolist()
+    overwrite(opened.path(4), original.path(5).read_bytes())
+    with pytest.raises(ValueError, match="not those that were verified"):
+        opened.read(4)
+    # With another name in it, it is no copy.
+    before = (train / "class_0").stat().st_mtime_ns
+    (train / "class_0/train_0.jpg").rename(train / "class_0/other.jpg")
+    os.utime(train / "class_0", ns=(before, before))
+    opened = image_files.open_image_set(str(train), "train")
+    assert opened.file(0) == "class_0/other.jpg" and opened.crcs is None
+
+
+def test_checksums_outlive_a_start_after_files_were_added(tmp_path: Path) -> None:
+    make_images(tmp_path, classes=2, images=3)
+    settled(tmp_path)
+    assert verify(tmp_path).returncode == 0
+    first, last = (tmp_path / f"train/class_0/train_{number}.jpg" for number in (0, 2))
+    shutil.copy(first, tmp_path / "train/class_1/added.jpg")
+    settled(tmp_path)
+    config = dataclasses.replace(
+        CONFIG,
+        train_folder_name=str(tmp_path / "train"),
+        val_folder_name=str(tmp_path / "val"),
+        batch_size=7,
+    )
+    assert len(image_files.open_images(config)[0]) == 7
+    content = last.read_bytes()
+    overwrite(last, unnoticed_flip(content))
+    assert told(verify(tmp_path).stdout).keys() == {str(last)}
+    overwrite(last, content)
+    assert verify(tmp_path).returncode == 0
+    opened = image_files.open_image_set(str(tmp_path / "train"), "train")
+    assert len(opened.crcs) == 7
+
+
 def test_a_folder_that_is_no_longer_clean_is_checked_again(tmp_path: Path) -> None:
     good_set(tmp_path)
     settled(tmp_path)

@@ -777,7 +777,8 @@ def start_log(path: Path | None) -> None:
     # Lines of progress are debug messages: a terminal shows a bar in their place.
     handlers[0].setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
     if path is not None:
-        handlers.append(logging.FileHandler(path))
+        # As run_stage sets the screen: a picture's name may be no UTF-8.
+        handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers = handlers

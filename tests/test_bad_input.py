@@ -396,6 +396,17 @@ def test_unreadable_images_are_all_listed_and_refused(folder: Path) -> None:
     assert tree(folder) == before
 
 
+def test_a_damaged_image_whose_name_is_no_text_is_told(folder: Path) -> None:
+    path = folder / "images/train/class_1/\udcff.jpg"
+    (folder / "images/train/class_1/train_0.jpg").rename(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + b"\xff\xd9" * 8)  # its end is as it should be
+    done = train(folder)
+    text = f"cannot read {folder}/images/train/class_1/\\udcff.jpg (damaged inside or cut short"
+    check_refused(done.returncode, done.stderr, text)
+    assert f"error: {text}" in (folder / "runs/run/train.log").read_text()
+
+
 def test_a_class_with_no_readable_image_is_refused(folder: Path) -> None:
     for path in (folder / "images/val/class_1").iterdir():
         path.write_bytes(b"")

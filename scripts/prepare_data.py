@@ -17,8 +17,9 @@
         scripts/verifying.py
 
 Where DIR is complete already, nothing is done. A half-finished one is never left behind: the files
-are gathered in DIR.partial, which takes DIR's name at the end. Packing goes on from STORE.partial
-where it was stopped, a download from Kaggle where it broke off.
+are gathered in DIR.partial, which takes DIR's name at the end; a folder of that name with somebody
+else's files is left alone. Packing goes on from STORE.partial where it was stopped, a download from
+Kaggle where it broke off.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils import UserError, log, parse_options, run_stage, start_log
 
 DIGIT_PX = 64
+MARKER = ".begun_by_prepare_data"  # in DIR.partial: what is in it may be removed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ def imagenette(folder: Path, size: str) -> None:
         raise UserError(f"Imagenette could not be downloaded: {error}") from None
     for archive in folder.glob("*.tgz"):
         archive.unlink()
-    (unpacked,) = folder.iterdir()  # imagenette2 or imagenette2-320
+    (unpacked,) = folder.glob("*/")  # imagenette2 or imagenette2-320
     for part in ("train", "val"):
         (unpacked / part).rename(folder / part)
     shutil.rmtree(unpacked)
@@ -243,7 +245,7 @@ def _check_range(options: object, field: str, least: int, most: int) -> None:
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[Path]:
     """An empty DIR.partial, which becomes DIR in the end; raises UserError where another process
-    fills it."""
+    fills it, or somebody else's files are in it."""
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
@@ -257,10 +259,19 @@ def filling(folder: Path) -> Iterator[Path]:
             raise UserError(
                 f"another process fills {folder}: wait for its end, and give the same command again"
             )
-        for entry in os.scandir(partial):  # of a start that was broken off
-            shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)
+        left = [entry for entry in os.scandir(partial) if entry.name != MARKER]
+        if left and not (partial / MARKER).is_file():
+            raise UserError(
+                f"{partial} holds what this script has not put there, such as {left[0].name}: move "
+                "it away, or name another folder"
+            )
+        (partial / MARKER).touch()
+        for entry in left:  # of a start that was broken off
+            is_folder = entry.is_dir(follow_symlinks=False)
+            shutil.rmtree(entry) if is_folder else os.unlink(entry)
         yield partial
         partial.rename(folder)
+        (folder / MARKER).unlink()
     finally:
         os.close(handle)
 

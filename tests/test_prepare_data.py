@@ -118,11 +118,32 @@ def test_a_killed_run_is_begun_anew(tmp_path: Path) -> None:
     assert not folder.exists()
     (partial / "train" / "0").mkdir(parents=True, exist_ok=True)
     (partial / "train" / "0" / "old.jpg").write_bytes(b"left over")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious.jpg").write_bytes(b"1")
+    (partial / "link").symlink_to(tmp_path / "mine")
 
     done = prepare("digits", folder)
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (0, "")
     assert DONE in done.stdout
     assert not partial.exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
+    assert (tmp_path / "mine/precious.jpg").exists()
+
+
+def test_somebody_elses_partial_folder_is_left_alone(tmp_path: Path) -> None:
+    folder, partial = tmp_path / "digits", tmp_path / "digits.partial"
+    partial.mkdir()
+    (partial / "precious.jpg").write_bytes(b"1")
+    for _ in range(2):
+        done = prepare("digits", folder)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"error: {partial} holds what this script has not put there, such as precious.jpg: "
+            "move it away, or name another folder\n"
+        )
+        assert [path.name for path in tmp_path.rglob("*")] == ["digits.partial", "precious.jpg"]
+    (partial / "precious.jpg").unlink()
+    assert DONE in prepare("digits", folder).stdout  # an empty one is taken
 
 
 def test_two_at_once_do_not_fill_the_same_folder(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ class FinderOptions:
 def range_test(
     run: engine.Run, batches: Iterator[data.Batch], options: FinderOptions, epoch_steps: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Learning rates, losses, smoothed losses: a value a step, until the end or divergence.
+    """Learning rates, losses, smoothed losses: a value a step, until the end, divergence, or a loss
+    that is no number.
 
     The batches are those of epochs of `epoch_steps` each, one after another.
     """
@@ -118,17 +119,27 @@ def diverged(smoothed: list[float]) -> bool:
     return smoothed[-1] > lowest + max(0.5 * (start - lowest), RISE * start)
 
 
-def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> float:
+def suggest(
+    rates: list[float], losses: list[float], smoothed: list[float], breaks_off: bool = False
+) -> float:
     """The rate at which the smoothed loss is lowest: the largest one that still trains.
 
     OneCycle takes a third of the run to climb to its peak and leaves it at once, so it bears what
     a fresh network just bears (Smith and Topin, arXiv 1708.07120). Raises UserError where the loss
-    never falls by more than its noise does, or falls until the end.
+    never falls by more than its noise does, or falls until the end. `breaks_off`: the loss that
+    would come next is no number.
     """
+    no_number = UserError(
+        f"beyond a rate of {max(rates, default=0):.2g} the loss is no number: try a lower "
+        "--last-lr, or more --steps"
+    )
     if len(smoothed) <= SETTLING:
-        raise UserError("the loss is no number from the first steps on: try a lower --first-lr")
+        raise no_number
     lowest = lowest_step(smoothed)
-    if smoothed[lowest] > (1 - FALL) * smoothed[SETTLING]:
+    falls = smoothed[lowest] < (1 - FALL) * smoothed[SETTLING]
+    if breaks_off and not (falls and lowest < len(smoothed) - 1):
+        raise no_number
+    if not falls:
         raise UserError(
             "the loss does not fall anywhere in this range: try a lower --first-lr or more --steps"
         )
@@ -187,10 +198,11 @@ def main() -> None:
     options = parse_options(FinderOptions, __doc__)
     config = options.config
     check_config(config)
-    if not 0 < options.first_lr < options.last_lr or options.steps < 20:
+    if not 0 < options.first_lr < options.last_lr < math.inf or options.steps < 20:
         raise UserError(
             f"first_lr {options.first_lr}, last_lr {options.last_lr}, steps {options.steps}: the "
-            "first rate must be above 0 and below the last, over at least 20 steps"
+            "first rate must be above 0 and below the last, which is a number, over at least 20 "
+            "steps"
         )
     start_log(None)
     device = engine.choose_device(config)
@@ -217,7 +229,8 @@ def main() -> None:
         rates, losses, smoothed = range_test(
             run, batches, options, steps_per_epoch(config, train_set)
         )
-    suggestion = suggest(rates, losses, smoothed)
+    breaks_off = len(rates) < options.steps and not diverged(smoothed)
+    suggestion = suggest(rates, losses, smoothed, breaks_off)
     draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
     write_json(
         folder / "lr_finder.json",

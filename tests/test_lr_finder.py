@@ -44,7 +44,7 @@ def test_the_test_ends_once_the_loss_has_risen_by_half_of_its_fall() -> None:
     assert not lr_finder.diverged([2.3, 1.0, 2.6])  # an average of three steps says nothing
 
 
-@pytest.mark.parametrize("losses", [[2.3] * 200, [2.3 + rate for rate in RATES]])
+@pytest.mark.parametrize("losses", [[2.3] * 200, [2.3 + rate for rate in RATES], [0.0] * 200])
 def test_a_loss_that_never_falls_gives_no_suggestion(losses: list[float]) -> None:
     with pytest.raises(UserError, match="does not fall"):
         lr_finder.suggest(RATES, losses, losses)
@@ -82,6 +82,36 @@ def test_a_range_that_ends_too_early_gives_no_suggestion() -> None:
     losses = valley(RATES)[:end]
     with pytest.raises(UserError, match=r"still falls at 0[.]029: try a higher --last-lr"):
         lr_finder.suggest(RATES[:end], losses, losses)
+
+
+def test_a_loss_that_becomes_no_number_is_told() -> None:
+    told = "beyond a rate of {:.2g} the loss is no number: try a lower --last-lr, or more --steps"
+    losses = valley(RATES)
+    lowest = losses.index(min(losses))
+    for curve in (losses[:0], losses[:5], losses[: lowest + 1], [2.3] * 50):
+        rates = RATES[: len(curve)]
+        with pytest.raises(UserError, match=told.format(max(rates, default=0))):
+            lr_finder.suggest(rates, curve, curve, breaks_off=True)
+    # Where the loss has risen again before, it has been seen where it is lowest.
+    curve = losses[: lowest + 5]
+    assert lr_finder.suggest(RATES[: lowest + 5], curve, curve, breaks_off=True) == RATES[lowest]
+
+
+def test_the_command_tells_where_the_loss_becomes_no_number(tmp_path: Path) -> None:
+    make_images(tmp_path / "images", images=4)
+    done = run_stage_command(
+        *("lr_finder.py", "--runs-folder", tmp_path / "runs", "--name", "run"),
+        *("--train-folder-name", tmp_path / "images/train"),
+        *("--val-folder-name", tmp_path / "images/val", "--batch-size", 6, "--workers", 1),
+        *("--train-px", 32, "--precision", "fp32", "--last-lr", 1e30, "--steps", 20),
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: beyond a rate of \S+ the loss is no number: try a lower --last-lr, or more "
+        r"--steps\n",
+        done.stderr,
+    )
+    assert not list((tmp_path / "runs/run").iterdir())
 
 
 def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -> None:

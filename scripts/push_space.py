@@ -77,8 +77,10 @@ def make_files(folder: Path) -> dict[str, bytes]:
         if path.suffix.lower() in PICTURES and path.is_file()
     )
     for path in pictures:
-        if not path.name.isprintable():  # bytes that are no UTF-8 are not, for Python
-            raise UserError(f"rename {path}: a hub takes names of plain text alone")
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"rename {path}: a hub takes names in UTF-8 alone") from None
     return {
         **{name: (folder / name).read_bytes() for name in (*APP_FILES, "model.json")},
         model.name: content,

@@ -5,10 +5,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +34,9 @@ from model import ResNet50Wrapper
 from utils import MEAN, STD, Config
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
+sys.path.insert(0, str(REPOSITORY / "scripts/aws"))
 
+import function
 import lambda_runtime
 from lambda_runtime import post
 
@@ -403,6 +407,15 @@ def test_the_life_of_a_function(
     assert aws(emulator, "s3api", "list-buckets")["Buckets"] == []
     assert aws(emulator, "logs", "describe-log-groups")["logGroups"] == []
     assert "there is no function" in command("remove", "--yes")
+
+
+@pytest.mark.parametrize("project", ["resnet50-imagenet", f"{20 * 'A'}-{19 * 'b'}"])
+@pytest.mark.parametrize("region", ["us-east-1", "ap-southeast-1", "ap-southeast-2"])
+def test_each_region_has_a_bucket_of_its_own_for_the_package(project: str, region: str) -> None:
+    aws = types.SimpleNamespace(region_name=region, read=lambda *_: {"Account": "123456789012"})
+    *_, bucket = function.where(aws, function.Settings(project=project))
+    assert re.fullmatch(function.BUCKET, bucket)
+    assert bucket.endswith(f"-123456789012-{region}") and bucket[:10] == project[:10].lower()
 
 
 def test_what_cannot_be_deployed(

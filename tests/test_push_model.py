@@ -305,6 +305,15 @@ def test_a_hub_that_fails_midway_gets_no_half_of_it(at_hub: Hub) -> None:
     assert "(it cannot be reached)" in refused(yes=True)
 
 
+def test_an_interruption_says_what_was_done() -> None:
+    with (
+        pytest.raises(UserError, match=r"^interrupted; the new repo a/b is empty$") as error,
+        pushing.hub_errors("a/b", "the new repo a/b is empty"),
+    ):
+        raise KeyboardInterrupt
+    assert error.value.exit_code == 75
+
+
 def test_public_only_when_asked_for(at_hub: Hub) -> None:
     push("lab/open", public=True)
     push("lab/closed")

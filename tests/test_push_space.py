@@ -327,6 +327,9 @@ MISTAKES = {
     "classifier.py: name the app's folder": lambda app: (app / "classifier.py").unlink(),
     "decoder.py: name the app's folder": lambda app: (app / "decoder.py").unlink(),
     "app.py: name the app's folder": shutil.rmtree,
+    "a hub takes names in UTF-8 alone": lambda app: shutil.copy(
+        next((app / "examples").iterdir()), app / "examples/\udcff.png"
+    ),
     "a head of YAML between two lines of ---": lambda app: without("---\n", app / "README.md"),
     "in which stand `sdk: gradio`": lambda app: without("sdk: gradio\n", app / "README.md"),
     "is no YAML": lambda app: (app / "README.md").write_text("---\ntitle: [\n---\n"),

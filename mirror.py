@@ -52,9 +52,9 @@ TIMEOUT_S = 20.0  # without a byte from a store, or to it
 LONGEST_WAIT_S = 60.0  # between two tries
 PATIENCE_S = 600.0  # at a start that needs a store which may yet answer: another machine takes long
 FINISHED_S = 60.0  # how long the last copies may take: of a run that is finished,
-NOTICE_S, ENDING_S = 120.0, 10.0  # how long before EC2 gives notice, and what it takes to end
 INTERRUPTED_S = 20.0  # of one that has to end, unless EC2 says how long it has,
 COMPLETED_S = 3600.0  # and of one that was finished before, where nothing else waits
+NOTICE_S, ENDING_S = 120.0, 10.0  # how long before EC2 gives notice, and what it takes to end
 
 # What goes with the checkpoints: with these a run goes on, or is exported, on any machine.
 COPIED_FILES = (

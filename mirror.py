@@ -57,13 +57,10 @@ COMPLETED_S = 3600.0  # and of one that was finished before, where nothing else 
 NOTICE_S, ENDING_S = 120.0, 10.0  # how long before EC2 gives notice, and what it takes to end
 
 # What goes with the checkpoints: with these a run goes on, or is exported, on any machine.
-COPIED_FILES = (
-    *("config.json", sessions.FILE),
-    *("metrics.jsonl", "best.pt", "last.pt", "result.json"),
-)
-RESULTS = COPIED_FILES[2:]
-# A checkpoint has most of that in it: where there is time for one file more, it is the newest one.
-BEFORE_CHECKPOINT = COPIED_FILES[:1]
+# They have most of it in them: where there is time for one file more, it is the newest one.
+BEFORE_CHECKPOINT = ("config.json",)
+RESULTS = ("metrics.jsonl", "best.pt", "last.pt", "result.json")
+COPIED_FILES = (*BEFORE_CHECKPOINT, sessions.FILE, *RESULTS)
 SUMS = "SHA256SUMS"
 
 

@@ -110,7 +110,7 @@ class FunctionOptions:
 
 
 def find_export(options: Deploy) -> Path:
-    """The folder of a run's export that the function can serve; raises UserError.
+    """A run's ONNX file that the function can serve, model.json beside it; raises UserError.
 
     Also where the run has other weights by now.
     """
@@ -119,15 +119,15 @@ def find_export(options: Deploy) -> Path:
     if not options.name:
         print(f"taking the most recent run: {name}")
     try:
-        described, _, _ = classifier.read_export(folder)
+        described, model, _ = classifier.read_export(folder)
     except classifier.ExportError as error:
         raise UserError(f"{error}: python3 generate_trace_model.py --name {name}") from None
     if complaint := stale_export(folder.parent, described):
         raise UserError(complaint)
-    return folder
+    return model
 
 
-def build_package(export: Path, folder: Path) -> Path:
+def build_package(model: Path, folder: Path) -> Path:
     """A zip of our code, model and packages, in `folder`; the same inputs give the same bytes.
 
     Raises UserError where pip fails, or Lambda would refuse the package for its size.
@@ -153,7 +153,7 @@ def build_package(export: Path, folder: Path) -> Path:
                 path.unlink(missing_ok=True)
     app = REPOSITORY / "gradio_deploy"
     ours = (SOURCE / "handler.py", app / "classifier.py", app / "decoder.py")
-    for file in (*ours, classifier.read_export(export)[1], export / "model.json"):
+    for file in (*ours, model, model.parent / "model.json"):
         shutil.copy(file, content)
     files = sorted(path for path in content.rglob("*") if path.is_file())
     unpacked_bytes = sum(path.stat().st_size for path in files)
@@ -253,12 +253,12 @@ def deploy(options: Deploy, aws: Aws) -> None:
             f"image_bucket is {options.image_bucket!r}: it must be a bucket's name alone, such as "
             "my-bucket"
         )
-    export = find_export(options)
+    model = find_export(options)
     function = find_function(aws, settings)
     region, account, bucket = where(aws, settings)
     with tempfile.TemporaryDirectory(prefix="resnet50-lambda-") as folder:
         print(f"fetching the packages for {RUNTIME} ...", flush=True)
-        package = build_package(export, Path(folder))
+        package = build_package(model, Path(folder))
         second_usd = GB_SECOND_USD * options.memory_mb / 1024
         confirm(
             options,

@@ -201,8 +201,7 @@ def main() -> None:
     if not 0 < options.first_lr < options.last_lr < math.inf or options.steps < 20:
         raise UserError(
             f"first_lr {options.first_lr}, last_lr {options.last_lr}, steps {options.steps}: the "
-            "first rate must be above 0 and below the last, which is a number, over at least 20 "
-            "steps"
+            "first rate must be above 0 and below the last, the last finite, over at least 20 steps"
         )
     start_log(None)
     device = engine.choose_device(config)

@@ -186,7 +186,7 @@ OPTIONS = {
     "nan minutes": (["--checkpoint-minutes", "nan"], ["checkpoint_minutes is nan", "0 or more"]),
     "no log interval": (["--log-interval-s", "0"], ["log_interval_s is 0", "above 0"]),
     "finder's range": (["--first-lr", "1", "--last-lr", "0.1"], ["first_lr 1.0, last_lr 0.1"]),
-    "finder's end": (["--last-lr", "inf"], ["last_lr inf", "below the last, which is a number"]),
+    "finder's end": (["--last-lr", "inf"], ["last_lr inf", "below the last, the last finite"]),
     "too few steps": (["--steps", "3"], ["steps 3", "at least 20"]),
     "wrong weights": (["--weights", "worst"], ["worst", "'best', 'last'"]),
 }

@@ -138,10 +138,11 @@ class Machine:
             (to / name).mkdir(exist_ok=True)
             (to / name / FETCHED).touch()
         without = [f"--exclude={name}" for name in leave_out]
-        pack = shlex.join(["tar", "cz", "-C", folder, *without, "--", *runs])
+        # Not compressed: weights become 7 % smaller, at 27 MB/s of a core that training may need.
+        pack = shlex.join(["tar", "c", "-C", folder, *without, "--", *runs])
         with subprocess.Popen(self.command(pack), stdout=subprocess.PIPE) as packing:
             try:
-                with tarfile.open(fileobj=packing.stdout, mode="r|gz") as tar:
+                with tarfile.open(fileobj=packing.stdout, mode="r|") as tar:
                     tar.extractall(to, filter="data")
             except tarfile.TarError:
                 packing.wait()

@@ -1,12 +1,14 @@
 """The real AWS CLI without its start: loaded once, and forked for each call.
 
-A process of `aws` takes half a second to load its code, and 0.1 s to do its work. Here a server
-loads it, and a call is a fork of that, with the caller's arguments, environment, folder, input and
-output. What is called is `main()` of the CLI itself.
+A process of `aws` takes half a second to load its code and its descriptions of the services, and
+0.1 s to do its work. Here a server loads them, and a call is a fork of that, with the caller's
+arguments, environment, folder, input and output. What is called is `main()` of the CLI itself.
 """
 
 import array
 import contextlib
+import functools
+import gc
 import json
 import os
 import signal
@@ -51,10 +53,35 @@ def quick_aws(folder: Path) -> Iterator[Path]:
             server.terminate()
 
 
+SERVICES = ("ec2", "iam", "lambda", "logs", "s3", "service-quotas", "ssm", "sts")
+
+
+def load_cli() -> None:
+    """Import the CLI with its plugins; read what services there are, and what those called can."""
+    import awscli.handlers  # noqa: F401 (the CLI imports it by its name, at each start)
+    from awscli.clidriver import botocore
+
+    loaders, data = botocore.loaders, Path(botocore.__file__).parent / "data"
+    load = functools.cache(loaders.JSONFileLoader().load_file)
+    loaders.JSONFileLoader.load_file = lambda _, path: load(path)
+    # The tests' own data add no service.
+    services = functools.cache(loaders.Loader().list_available_services)
+    loaders.Loader.list_available_services = lambda _, type_name: services(type_name)
+    for type_name in ("service-2", "paginators-1", "waiters-2", "endpoint-rule-set-1"):
+        services(type_name)
+    newest = [max((data / service).iterdir()) for service in SERVICES]
+    for folder in (data, Path(os.environ["AWS_DATA_PATH"]), *newest):
+        for file in folder.glob("*.json*"):
+            load(str(folder / file.name.partition(".")[0]))
+    gc.collect()
+    gc.freeze()  # the forks share its memory
+
+
 def serve(path: str) -> None:
     """Fork for each call, until terminated."""
     import awscli.clidriver
 
+    load_cli()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)

@@ -75,6 +75,7 @@ class Emulator:
 
     port: int
     log: Path
+    errors: Path
     environment: dict[str, str]
     process: subprocess.Popen[str]
     aws = Path(sys.executable).with_name("aws")
@@ -102,6 +103,13 @@ class Emulator:
         """Forget all: resources, settings, faults and calls."""
         self.control("reset")
         self.clear()
+
+    def check(self) -> None:
+        """RuntimeError, where a call has met a bug of the emulator's or what moto lacks."""
+        said = self.errors.read_text()
+        os.truncate(self.errors, 0)
+        if "Traceback" in said:
+            raise RuntimeError(f"the emulator itself failed:\n{said}")
 
     def fail(
         self, action: str, code: str, message: str = "", times: int = 1, zone: str = "", **more: Any
@@ -147,7 +155,7 @@ class Emulator:
 def start_emulator(folder: Path) -> Iterator[Emulator]:
     """An emulator in a process of its own, whose log and the CLI's settings lie in `folder`.
 
-    RuntimeError at the end, where a call has met a bug of the emulator's or what moto lacks.
+    RuntimeError at the end, as Emulator.check.
     """
     log = folder / "aws_calls.jsonl"
     log.touch()
@@ -167,7 +175,7 @@ def start_emulator(folder: Path) -> Iterator[Emulator]:
     }
     errors = folder / "aws_errors.log"
     with (
-        open(errors, "w") as trouble,
+        open(errors, "a") as trouble,  # which is cut while it is written to
         subprocess.Popen(
             [sys.executable, __file__, "0", str(log)],
             env=environment,
@@ -180,11 +188,11 @@ def start_emulator(folder: Path) -> Iterator[Emulator]:
             assert process.stdout
             port = int(process.stdout.readline())
             environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
-            yield Emulator(port, log, environment, process)
+            emulator = Emulator(port, log, errors, environment, process)
+            yield emulator
         finally:
             process.terminate()
-    if "Traceback" in errors.read_text():
-        raise RuntimeError(f"the emulator itself failed:\n{errors.read_text()}")
+    emulator.check()
 
 
 def write_quick_waiters(folder: Path) -> Path:

@@ -1,16 +1,19 @@
 """What the test files share: tiny images, and the stages started as a user starts them."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import quick_start
+from aws_emulator import Emulator, start_emulator
 from PIL import Image
+from quick_aws import quick_aws
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What a script starts in the background does not hear Ctrl-C; the commands shall all the same.
@@ -64,6 +67,37 @@ def run_stage_command(
     if from_nothing or stage == "scripts/prepare_data.py":
         return subprocess.run(command, **given, capture_output=True, text=True, check=False)
     return quick_start.run(command, **given)
+
+
+@pytest.fixture(scope="session")
+def shared_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """One for all tests of a process of pytest; its start takes longer than many a test."""
+    with start_emulator(tmp_path_factory.mktemp("emulator")) as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def quick_aws_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an `aws` for the front of PATH."""
+    with quick_aws(tmp_path_factory.mktemp("aws")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def aws_account(shared_emulator: Emulator) -> Iterator[Emulator]:
+    """An empty account, and the AWS CLI for it."""
+    shared_emulator.reset()
+    yield dataclasses.replace(shared_emulator, environment=dict(shared_emulator.environment))
+    shared_emulator.check()
+
+
+@pytest.fixture
+def quick_aws_account(aws_account: Emulator, quick_aws_folder: Path) -> Emulator:
+    """The same with a CLI that starts quickly, and tries no call a second time."""
+    environment = aws_account.environment
+    environment["AWS_MAX_ATTEMPTS"] = "1"
+    environment["PATH"] = f"{quick_aws_folder}{os.pathsep}{environment['PATH']}"
+    return aws_account
 
 
 # One of 500 s, which is a process's whole work, and others of 30 to 150 s.

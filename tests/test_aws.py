@@ -17,10 +17,9 @@ from pathlib import Path
 
 import boto3
 import pytest
-from aws_emulator import Emulator, start_emulator
+from aws_emulator import Emulator
 from aws_machine import Machines
 from conftest import REPOSITORY, make_images
-from quick_aws import quick_aws
 from test_trainer import as_options, outcome, train
 
 from utils import UserError
@@ -50,13 +49,8 @@ def key(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def emulator(tmp_path: Path) -> Iterator[Emulator]:
-    """An empty account."""
-    (tmp_path / "aws").mkdir()
-    with start_emulator(tmp_path) as one, quick_aws(tmp_path / "aws") as path:
-        one.environment["AWS_MAX_ATTEMPTS"] = "1"  # the CLI would try again after some errors
-        one.environment["PATH"] = f"{path}{os.pathsep}{one.environment['PATH']}"
-        yield one
+def emulator(quick_aws_account: Emulator) -> Emulator:
+    return quick_aws_account
 
 
 @pytest.fixture
@@ -282,11 +276,11 @@ def until_it_ends(environment: dict[str, str], command: str, killing: Path, *opt
 
 
 @pytest.fixture
-def killing(emulator: Emulator, tmp_path: Path) -> Path:
+def killing(quick_aws_folder: Path, tmp_path: Path) -> Path:
     """A folder with an `aws` that kills who calls it, once the change has been made."""
     folder = tmp_path / "killing"
     folder.mkdir()
-    (folder / "aws").write_text(KILL.format(aws=tmp_path / "aws" / "aws"))
+    (folder / "aws").write_text(KILL.format(aws=quick_aws_folder / "aws"))
     (folder / "aws").chmod(0o755)
     return folder
 

@@ -3,7 +3,7 @@
 import datetime
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,9 @@ PERSISTENT = json.dumps(
 Aws = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    with start_emulator(tmp_path_factory.mktemp("aws")) as running:
-        yield running
-
-
 @pytest.fixture
-def emulator(shared: Emulator) -> Emulator:
-    shared.reset()
-    return shared
+def emulator(aws_account: Emulator) -> Emulator:
+    return aws_account
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,11 +19,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from aws_emulator import Emulator, start_emulator
+from aws_emulator import Emulator
 from conftest import REPOSITORY, run_stage_command
 from pictures import encode, jpeg, scene, with_scans
 from PIL import Image
-from quick_aws import quick_aws
 from test_classifier import pictures
 
 import data
@@ -200,39 +198,38 @@ def test_bad_requests_get_a_sentence(task: Path) -> None:
         assert runtime.ask(post(photo))[0] == 200
 
 
-def test_pictures_of_one_bucket(task: Path, tmp_path: Path) -> None:
+def test_pictures_of_one_bucket(task: Path, aws_account: Emulator) -> None:
     photo = jpeg(scene(120, 160))
-    with start_emulator(tmp_path) as emulator:
-        url = emulator.environment["AWS_ENDPOINT_URL"]
-        variables = {
-            key: value for key, value in emulator.environment.items() if key.startswith("AWS_")
-        }
-        import boto3
+    url = aws_account.environment["AWS_ENDPOINT_URL"]
+    variables = {
+        key: value for key, value in aws_account.environment.items() if key.startswith("AWS_")
+    }
+    import boto3
 
-        s3 = boto3.client(
-            "s3",
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id="AKIAtestonly",
-            aws_secret_access_key="wJalrXUtnFEMIsecret",
-        )
-        for bucket in ("mine", "other"):
-            s3.create_bucket(Bucket=bucket)
-        s3.put_object(Bucket="mine", Key="holiday/1 ü.jpg", Body=photo)
-        s3.put_object(Bucket="mine", Key="large", Body=b"\0" * (20 * 2**20 + 1))
-        s3.put_object(Bucket="other", Key="secret.jpg", Body=photo)
-        with started(task, **variables, IMAGE_BUCKET="mine") as runtime:
-            _, expected = runtime.ask(post(photo))
-            status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
-            assert (status, answer["predictions"]) == (200, expected["predictions"])
-            for key in ("nothing", "../other/secret.jpg", "secret.jpg"):
-                assert runtime.ask(in_json(s3_key=key))[0] == 404
-            assert runtime.ask(in_json(s3_key="large"))[0] == 413
-            for key in ("", "a" * 1025, "\ud800"):
-                assert runtime.ask(in_json(s3_key=key))[0] == 400
-            emulator.fail("GetObject", "AccessDenied")
-            status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
-            assert (status, "may not read it" in answer["error"]) == (404, True)
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id="AKIAtestonly",
+        aws_secret_access_key="wJalrXUtnFEMIsecret",
+    )
+    for bucket in ("mine", "other"):
+        s3.create_bucket(Bucket=bucket)
+    s3.put_object(Bucket="mine", Key="holiday/1 ü.jpg", Body=photo)
+    s3.put_object(Bucket="mine", Key="large", Body=b"\0" * (20 * 2**20 + 1))
+    s3.put_object(Bucket="other", Key="secret.jpg", Body=photo)
+    with started(task, **variables, IMAGE_BUCKET="mine") as runtime:
+        _, expected = runtime.ask(post(photo))
+        status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
+        assert (status, answer["predictions"]) == (200, expected["predictions"])
+        for key in ("nothing", "../other/secret.jpg", "secret.jpg"):
+            assert runtime.ask(in_json(s3_key=key))[0] == 404
+        assert runtime.ask(in_json(s3_key="large"))[0] == 413
+        for key in ("", "a" * 1025, "\ud800"):
+            assert runtime.ask(in_json(s3_key=key))[0] == 400
+        aws_account.fail("GetObject", "AccessDenied")
+        status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
+        assert (status, "may not read it" in answer["error"]) == (404, True)
 
 
 def test_another_model_is_refused_at_the_start(task: Path, tmp_path: Path) -> None:
@@ -251,15 +248,11 @@ def test_another_model_is_refused_at_the_start(task: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def emulator(tmp_path: Path) -> Iterator[Emulator]:
+def emulator(quick_aws_account: Emulator, tmp_path: Path) -> Emulator:
     """An empty account, and packages that pip can fetch without a network."""
-    (tmp_path / "aws").mkdir()
-    with start_emulator(tmp_path) as one, quick_aws(tmp_path / "aws") as path:
-        one.environment["AWS_MAX_ATTEMPTS"] = "1"
-        one.environment["PATH"] = f"{path}{os.pathsep}{one.environment['PATH']}"
-        one.environment["PIP_NO_INDEX"] = "1"
-        one.environment["PIP_FIND_LINKS"] = str(tmp_path / "wheels")
-        yield one
+    quick_aws_account.environment["PIP_NO_INDEX"] = "1"
+    quick_aws_account.environment["PIP_FIND_LINKS"] = str(tmp_path / "wheels")
+    return quick_aws_account
 
 
 @pytest.fixture

@@ -62,10 +62,8 @@ ExecStart={python} {this} {machine}
 Type=simple
 """
 
-# At the first start alone, as cloud-init does.
+# At every start, as cloud-init does with what begins with #cloud-boothook.
 USER_DATA_UNIT = """
-[Unit]
-ConditionPathExists=!{machine}/user_data.log
 [Service]
 Type=oneshot
 ExecStart=/bin/bash {machine}/user_data
@@ -257,7 +255,9 @@ class Machines:
             METADATA_UNIT.format(python=sys.executable, this=Path(__file__).resolve(), machine=here)
         )
         found = self.ec2.describe_instance_attribute(InstanceId=here.name, Attribute="userData")
-        (here / "user_data").write_bytes(base64.b64decode(found["UserData"].get("Value", "")))
+        user_data = base64.b64decode(found["UserData"].get("Value", ""))
+        assert user_data.startswith(b"#cloud-boothook\n#!/bin/bash\n")
+        (here / "user_data").write_bytes(user_data)
         (units / "user_data.service").write_text(USER_DATA_UNIT.format(machine=here))
         for name in ("metadata", "user_data"):
             wanted = units / "multi-user.target.wants" / f"{name}.service"

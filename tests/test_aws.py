@@ -298,6 +298,14 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     }
     for _ in range(3):  # after the instance, the volume and its attachment
         assert cloud(environment, "launch", "--yes", path=killing).returncode == -9
+    # Where nobody has set it up it stops by itself, after each of its starts.
+    (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
+    emulator.interrupt(instance_id)
+    wait_for(lambda: instance_id not in machines.running)
+    emulator.resume(instance_id)
+    wait_for(lambda: instance_id in machines.running)
+    timers = "systemctl list-timers --all --no-pager"
+    wait_for(lambda: "resnet50-poweroff" in machines.run(instance_id, timers).stdout)
     # EC2 takes the machine while it is set up, and gives it back: it trains, with nobody there.
     with open(tmp_path / "launching", "w") as said:
         launching = subprocess.Popen(
@@ -307,13 +315,20 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     wait_for(lambda: "looking whether" in (tmp_path / "launching").read_text())
     launching.kill()
     launching.wait()
-    (instance_id,) = [one for one in machines.running if not machines.running[one].poll()]
     emulator.interrupt(instance_id)
     wait_for(lambda: instance_id not in machines.running)
     emulator.resume(instance_id)
     wait_for(lambda: instance_id in machines.running)
     log = "cat /mnt/runs/run/train.log"
     wait_for(lambda: "epoch 1/" in machines.run(instance_id, log).stdout)
+    # From here on its trainer sees to that. A bootstrap anew leaves the training alone.
+    assert "resnet50-poweroff" not in machines.run(instance_id, timers).stdout
+    here = machines.folder_of(instance_id)
+    bootstrap = f"cd {here}/home/resnet50 && PATH={here}/bin:$PATH "
+    bootstrap += "bash scripts/aws/instance/bootstrap.sh; echo $?"
+    said = machines.run(instance_id, bootstrap).stdout
+    assert said.endswith("training runs here already\n0\n"), said
+    assert "resnet50-poweroff" not in machines.run(instance_id, timers).stdout
     assert until_it_ends(environment, "launch", killing) == 0
     launched = account(emulator)
     assert launched["instances"] == ["running"] and launched["spot requests"] == ["active"]
@@ -444,8 +459,51 @@ def test_what_is_missing_is_said_with_what_to_do(
     assert "must be 0 or more" in refused(environment, "launch", "--yes", "--budget-usd", "-1")
     quoted = refused(environment, "launch", "--yes", "--trainer-options=--name $(id)")
     assert "without quotes" in quoted
+    half = {**environment, "RESNET50_SSH_OPTIONS": '-o ProxyCommand="ssh bastion'}
+    assert "no closing quotation" in refused(half, "launch")
     assert "the AWS CLI is not installed" in refused({**environment, "PATH": "/nowhere"}, "prices")
     assert changes(emulator) == []
+
+
+def test_another_preparation_is_left_alone(emulator: Emulator, environment: dict[str, str]) -> None:
+    emulator.fail("CreateVolume", "VolumeLimitExceeded")
+    assert "VolumeLimitExceeded" in refused(environment, "prepare", "--yes")
+    before = account(emulator)
+    assert before["instances"] == ["running"]
+    assert "prepares imagenette" in refused(environment, "prepare", "--data-set", "imagenet")
+    snapshot(emulator, "imagenet")  # which is there already
+    says = refused(environment, "prepare", "--data-set", "imagenet")
+    assert "prepares imagenette" in says and "terminate-instances" in says
+    assert account(emulator) == {**before, "snapshots": ["completed"]}
+    # Once it has stopped, its start costs, and is asked for.
+    (instance_id,) = re.findall(r"\bi-[0-9a-f]+", says)[:1]
+    emulator.shut_down(instance_id)
+    emulator.clear()
+    assert "nobody is there to ask" in refused(environment, "prepare")
+    assert changes(emulator) == []
+
+
+def test_nothing_is_started_before_what_may_fail(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.fail("CreateVolume", "VolumeLimitExceeded")
+    refused(environment, "launch", "--yes")
+    assert account(emulator)["instances"] == ["running"]
+    assert cloud(environment, "stop").stdout.endswith("launch goes on\n")
+    emulator.fail("AuthorizeSecurityGroupIngress", "RequestLimitExceeded")
+    says = refused(environment, "launch", "--yes", "--ssh-from", "203.0.113.8")
+    assert "RequestLimitExceeded" in says
+    assert account(emulator)["instances"] == ["stopped"]
+
+
+def test_a_volume_too_small_for_the_data_is_told(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    emulator.fail("AttachVolume", "RequestLimitExceeded")
+    refused(environment, "prepare", "--yes", "--data-gb", "10")
+    says = refused(environment, "prepare", "--yes")
+    assert "has 10 GB, less than data_gb, 60" in says and "delete-volume" in says
 
 
 def test_what_aws_refuses_is_said_with_what_to_do(
@@ -882,14 +940,18 @@ def test_a_detached_command_goes_on_without_its_follower_and_is_not_started_twic
 @pytest.mark.parametrize(
     ("end", "restarts", "stops"),
     [
-        ("exited/75", 0, False),  # interrupted
-        ("exited/78", 0, False),  # its mirror does not answer
-        ("exited/78", 10, True),
-        ("exited/75", 10, True),
-        ("killed/KILL", 9, False),
-        ("killed/KILL", 10, True),
-        ("/", 0, False),
-        *((f"exited/{code}", 0, True) for code in (0, 1, 2, 76, 77)),
+        ("exited/75/exit-code", 0, False),  # interrupted
+        ("exited/75/success", 0, False),  # by systemd
+        ("exited/78/exit-code", 0, False),  # its mirror does not answer
+        ("exited/78/exit-code", 10, True),
+        ("exited/75/exit-code", 10, True),
+        ("killed/KILL/signal", 9, False),
+        ("killed/KILL/signal", 10, True),
+        ("killed/KILL/oom-kill", 0, False),
+        ("killed/TERM/success", 0, True),  # before it had begun: systemd takes that for its end
+        ("//exit-code", 0, True),  # the installation has failed
+        ("exited/0/success", 0, True),
+        *((f"exited/{code}/exit-code", 0, True) for code in (1, 2, 76, 77)),
     ],
 )
 def test_a_machine_whose_training_will_not_go_on_is_stopped(
@@ -898,12 +960,12 @@ def test_a_machine_whose_training_will_not_go_on_is_stopped(
     for name, text in (("systemctl", f'[ "$1" != show ] || echo {restarts}'), ("systemd-run", "")):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$*" >> {tmp_path}/called\n{text}\n')
         (tmp_path / name).chmod(0o755)
-    code, status = end.split("/")
+    code, status, result = end.split("/")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(
         ["bash", "scripts/aws/instance/ended.sh"],
         cwd=REPOSITORY,
-        env={"PATH": path, "EXIT_CODE": code, "EXIT_STATUS": status, "WHEN_DONE": "stop"},
+        env={"PATH": path, "EXIT_CODE": code, "EXIT_STATUS": status, "SERVICE_RESULT": result},
         check=True,
     )
     called = tmp_path / "called"

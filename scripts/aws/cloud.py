@@ -323,6 +323,13 @@ def prepare(options: Prepare, aws: Aws) -> None:
     """Leave a snapshot of a volume with the packed data, whatever is there of it already."""
     settings = options.settings
     instance = only(find_instances(aws, settings, "prepare"), "preparing instances")
+    other = tag_of(instance, DATA_TAG) if instance else ""
+    if other and other != settings.data_set:
+        words = ("ec2", "terminate-instances", "--instance-ids", instance["InstanceId"])
+        raise UserError(
+            f"{describe(instance)} prepares {other}: let that end first, with prepare --data-set "
+            f"{other}, or give it up: {aws.as_typed(*words)}"
+        )
     wait_for_those_going(aws, settings, "prepare")
     volume = only(find_volumes(aws, settings, "data"), "data volumes")
     snapshot = next(iter(find_snapshots(aws, settings, settings.data_set)), None)
@@ -351,6 +358,12 @@ def prepare(options: Prepare, aws: Aws) -> None:
             )  # fmt: skip
         else:
             ensure_security_group(aws, settings)
+            if is_stopped(instance):
+                confirm(
+                    options,
+                    f"starts {describe(instance)} again, which prepares {settings.data_set}: a "
+                    f"c7i.xlarge is about ${PREPARE_USD_H} an hour on demand",
+                )
         with rented(aws, instance):
             volume = prepared_volume(aws, settings, instance, credentials)
             snapshot = aws.change(
@@ -423,8 +436,6 @@ def launch(options: Launch, aws: Aws) -> None:
         refuse_another(settings, instance)
         if not may_go_on(options, aws, instance):
             return
-        if is_stopped(instance):
-            aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
         ensure_security_group(aws, settings)
         profile = ensure_profile(aws, settings)
         if profile and "IamInstanceProfile" not in instance:  # the mirror was set later
@@ -433,6 +444,8 @@ def launch(options: Launch, aws: Aws) -> None:
                 "--instance-id", instance["InstanceId"], *profile,
             )  # fmt: skip
     with rented(aws, instance):
+        if is_stopped(instance):
+            aws.change("ec2", "start-instances", "--instance-ids", instance["InstanceId"])
         start_training(options, aws, instance)
 
 
@@ -451,6 +464,8 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
     if state.startswith(("active", "activating")) or " start " in state:  # or soon will be
         has = machine.ask(f"cat {FOLDER}/aws-instance.env")
         if _without_price(has) == _without_price(wanted.decode()):
+            # Which a bootstrap whose end nobody saw may have asked for.
+            machine.run(f"sudo bash {FOLDER}/scripts/aws/instance/poweroff.sh never")
             print("training runs: see it with watch")
             return
         confirm(
@@ -458,13 +473,12 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
             f"training runs with other settings:\n{has}\nIt will be stopped, saved, and started "
             f"with these:\n{wanted.decode().strip()}",
         )
-        # In the end bootstrap.sh takes that back.
-        machine.run(
-            f"sudo bash {FOLDER}/scripts/aws/instance/poweroff.sh 2h && "
-            "sudo systemctl stop resnet50-trainer"
-        )
+        # bootstrap.sh takes that back. Again, since the trainer's end may ask for ten minutes instead.
+        poweroff = f"sudo bash {FOLDER}/scripts/aws/instance/poweroff.sh 2h"
+        machine.run(f"{poweroff} && sudo systemctl stop resnet50-trainer && {poweroff}")
     machine.push_code()
-    machine.run(f"cat > {FOLDER}/aws-instance.env", wanted)
+    env = f"{FOLDER}/aws-instance.env"
+    machine.run(f"cat > {env}.new && mv {env}.new {env}", wanted)
     machine.run_detached("bootstrap", "bash scripts/aws/instance/bootstrap.sh")
     if not aws.dry_run:
         print("training runs, and goes on by itself after an interruption: see it with watch")

@@ -16,6 +16,7 @@ from utils import FETCHED, UserError
 
 FOLDER = "resnet50"  # of the code, in the home of who logs in
 SSH_FAILED = 255  # ssh's own exit code, where the connection and not the command failed
+BROKEN = "the connection broke: the same command again goes on"
 
 
 def key_of(settings: Settings) -> Path:
@@ -52,7 +53,7 @@ class Machine:
         self.ssh = [
             "ssh", "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
             "-o", f"HostKeyAlias={instance_id}", "-o", "StrictHostKeyChecking=accept-new",
-            "-o", f"UserKnownHostsFile={key}.known_hosts", "-o", "ConnectTimeout=10",
+            "-o", f'UserKnownHostsFile="{key}.known_hosts"', "-o", "ConnectTimeout=10",
             "-o", "ServerAliveInterval=15", "-o", "LogLevel=ERROR",
             *shlex.split(settings.ssh_options),
         ]  # fmt: skip
@@ -85,16 +86,19 @@ class Machine:
             return 0
         done = subprocess.run(self.command(command), input=input)
         if check and done.returncode == SSH_FAILED:
-            raise UserError("the connection broke: the same command again goes on")
+            raise UserError(BROKEN)
         if check and done.returncode:
             raise UserError("that failed, as told above: mend it, and give the same command again")
         return done.returncode
 
     def ask(self, command: str) -> str:
-        """What a command says there; empty if it fails."""
+        """What a command says there; raises UserError if it cannot be asked."""
         if self.dry_run:
             return ""
-        return subprocess.run(self.command(command), capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(self.command(command), capture_output=True, text=True)
+        if done.returncode == SSH_FAILED:
+            raise UserError(BROKEN)
+        return done.stdout.strip()
 
     def run_detached(self, name: str, command: str) -> None:
         """Run a long command in the folder there, on its own, and follow what it says.
@@ -143,7 +147,9 @@ class Machine:
         with subprocess.Popen(self.command(pack), stdout=subprocess.PIPE) as packing:
             try:
                 with tarfile.open(fileobj=packing.stdout, mode="r|") as tar:
-                    tar.extractall(to, filter="data")
+                    # Which Python 3.11 has from its fourth release on.
+                    tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                    tar.extractall(to)
             except tarfile.TarError:
                 packing.wait()
         if packing.returncode not in (0, 1):  # 1: a file grew while it was read
@@ -167,7 +173,7 @@ class Machine:
             unpack = (
                 f"mkdir -p {FOLDER} && cd {FOLDER} && tar xz && if [ -e .commit.bundle ]; then "
                 "git init -q && git fetch -q .commit.bundle HEAD && git reset -q FETCH_HEAD; fi; "
-                "rm -f .commit.bundle"
+                "status=$?; rm -f .commit.bundle; exit $status"
             )
             done = subprocess.run(self.command(unpack), stdin=archive)
         if done.returncode:

@@ -18,10 +18,13 @@ ALIVE = "pending,running,stopping,stopped"  # instances that are not gone, nor g
 # No capacity, or the type is not offered there: try the next zone.
 OTHER_ZONE = ("InsufficientInstanceCapacity", "Unsupported", "SpotMaxPriceTooLow")
 PROFILE_S, PROFILE_POLL_S = 90.0, 3.0  # EC2 hears of a new instance profile some seconds late
-# At its very first start. Where nobody comes to set it up it would cost for ever; bootstrap.sh and
-# prepare.sh take it back.
-FIRST_START = """#!/bin/bash
-systemd-run --on-active=2h --unit=resnet50-poweroff systemctl poweroff
+# What cloud-init does at every start of a machine. Where nobody comes to set it up it would cost
+# for ever; bootstrap.sh and prepare.sh take it back. It does not wait for the timer, which may
+# begin only once cloud-init has ended.
+AT_EVERY_START = """#cloud-boothook
+#!/bin/bash
+systemctl is-enabled --quiet resnet50-trainer ||
+    systemd-run --no-block --on-active=2h --unit=resnet50-poweroff systemctl poweroff
 """
 
 
@@ -374,7 +377,7 @@ def run_instance(
                 "--security-group-ids", group,
                 "--metadata-options", "HttpTokens=required,HttpPutResponseHopLimit=2",
                 "--block-device-mappings", json.dumps(disks),
-                "--user-data", FIRST_START, *more,
+                "--user-data", AT_EVERY_START, *more,
                 *tags(settings, role, kinds, {DATA_TAG: settings.data_set}),
                 dry={
                     "Instances": [
@@ -419,6 +422,12 @@ def ensure_volume(
             "--volume-type", "gp3", *more, *tags(settings, role, "volume"),
             dry={"VolumeId": f"<{role}-volume>", "AvailabilityZone": zone, "Attachments": []},
         )  # fmt: skip
+    elif role == "data" and volume["Size"] < size_gb:
+        delete = aws.as_typed("ec2", "delete-volume", "--volume-id", volume["VolumeId"])
+        raise UserError(
+            f"volume {volume['VolumeId']} has {volume['Size']} GB, less than data_gb, "
+            f"{size_gb}: {delete}, once it is detached"
+        )
     if not volume.get("Attachments"):
         wait_until(aws, "volume-available", "--volume-ids", volume["VolumeId"])
     return volume

@@ -9,6 +9,7 @@ find it by that.
 import dataclasses
 import os
 import re
+import shlex
 import typing
 from pathlib import Path
 from typing import Literal
@@ -93,7 +94,8 @@ def load_settings() -> Settings:
         name, equals, value = line.partition("=")
         if not equals:
             raise UserError(f"{FILE}, line {number}: {line.strip()!r} is not NAME=value")
-        found[name.strip().lower()] = value.strip().strip("\"'"), f"{FILE}, line {number}"
+        value = re.sub(r"""^(["'])(.*)\1$""", r"\2", value.strip())
+        found[name.strip().lower()] = value, f"{FILE}, line {number}"
     for variable, value in os.environ.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             found[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = value, variable
@@ -138,6 +140,11 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"initialization_rate is {rate}: it must be 0, or 100 to 300")
     if not settings.project.replace("-", "").isalnum() or len(settings.project) > 40:
         raise UserError(f"project is {settings.project!r}: use up to 40 letters, digits and dashes")
+    try:
+        shlex.split(settings.ssh_options)
+    except ValueError as error:
+        reason = str(error).lower()
+        raise UserError(f"ssh_options is {settings.ssh_options}: {reason}") from None
     if set(settings.trainer_options) & set("'\"\\$`"):
         raise UserError("trainer_options must do without quotes, backslashes and dollars")
     try:  # rather here than on the machine that is paid for

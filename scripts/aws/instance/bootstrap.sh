@@ -10,6 +10,13 @@ set -a
 . ./aws-instance.env
 set +a
 sudo bash $here/poweroff.sh never # a run that had ended may have asked for it
+# Started by the bootstrap before this one, whose end nobody saw: launch stops it for other settings.
+case $(systemctl is-active resnet50-trainer) in
+active | activating)
+    echo "training runs here already"
+    exit 0
+    ;;
+esac
 failed() {
     if [ "$WHEN_DONE" = stop ]; then
         sudo bash $here/poweroff.sh 10min

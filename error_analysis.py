@@ -332,10 +332,11 @@ def draw_worst(shown: Sequence[Shown]) -> Figure:
         panel.imshow(one.pixels)
         panel.set_axis_off()
         colour = RIGHT if one.said == one.label else WRONG
+        loss = f"{one.loss:.2f}" if one.loss < 1e4 else f"{one.loss:.1e}"  # of a run that diverged
         lines = (
             *((line, RIGHT) for line in wrapped(f"is {one.label}")),
             *((line, colour) for line in wrapped(f"said {one.said}")),
-            (f"with {100 * one.confidence:.1f} %, loss {one.loss:.2f}", "0.3"),
+            (f"with {100 * one.confidence:.1f} %, loss {loss}", "0.3"),
         )
         for number, (line, its_colour) in enumerate(lines):
             figure.text(
@@ -369,7 +370,12 @@ def draw_sizes(model: str, rows: Sequence[dict[str, Any]]) -> Figure:
         panel.errorbar(
             sides, values, np.abs(ends - values), color=colour, marker="o", linewidth=2.2, capsize=4
         )
+        told = range(len(values))
+        if len(values) > 6:  # for more there is no room
+            told = {0, int(values.argmax()), len(values) - 1}
         for place, (side, value) in enumerate(zip(sides, values, strict=True)):
+            if place not in told:
+                continue
             falls_to = place > 0 and values[place - 1] > value
             rises_from = place + 1 < len(values) and values[place + 1] > value
             offset, side_of_point = {  # where neither line nor interval is

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rcParams
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -184,19 +185,26 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
         named, kinds = shown[1:], shown[0][2:]
     styles = [(name, val_style) for name, _, _, val_style in named]
     styles += zip(("training", "validation"), kinds, strict=True)
-    widest = max(len(label) for label, _ in styles)
-    figure.legend(
-        handles=[Line2D([], [], label=label, **style) for label, style in styles],
-        loc="outside lower center",
-        ncols=max(1, 120 // (widest + 6)),  # about 120 letters fit side by side
-    )
+    name_below(figure, [Line2D([], [], label=label, **style) for label, style in styles])
     top1, name = max((max(curves["val_top1"]), name) for name, curves in runs.items())
-    name = name if len(name) <= 60 else f"{name[:59]}…"  # what the title has room for
+    name = shortened(name)
     title = f"{name}: best top-1 {top1:.2f} %"
     if len(runs) > 1:
         title = f"{len(runs)} runs: best top-1 {top1:.2f} % ({name})"
     figure.suptitle(title, fontsize=16)
     return figure
+
+
+def shortened(name: str) -> str:
+    """As much of a run's name as a picture's title has room for."""
+    return name if len(name) <= 60 else f"{name[:59]}…"
+
+
+def name_below(figure: Figure, handles: list[Artist]) -> None:
+    """A legend below the panels, in as many columns as fit side by side: about 120 letters."""
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, 120 // (widest + 6))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def mark_best(panel: Axes, curves: Curves, quantity: str, style: dict[str, Any]) -> None:
@@ -236,13 +244,14 @@ def clip_loss(panel: Axes, shown: list[tuple[Curves, str, str]]) -> None:
         usual += [loss for loss in losses if loss <= factor * highest]
     limit = 1.5 * max(filter(math.isfinite, usual), default=math.inf)
     off_scale = [point for point in points if point[0] > limit]
+    top = 1.05 * max((point[0] for point in points if point[0] <= limit), default=math.inf)
+    if math.isfinite(top):
+        panel.set_ylim(top=top)  # with room for the ring around a best point at the top
     if off_scale:
-        top = 1.05 * max(point[0] for point in points if point[0] <= limit)
         losses, epochs, colours, _ = zip(*off_scale, strict=True)
         label = f"off the scale: {losses[-1]:,.1f} (epoch {epochs[-1]})"
         if len(losses) > 1:
             label = f"off the scale: {len(losses)} points, up to {losses[-1]:,.1f}"
-        panel.set_ylim(top=top)
         triangles = {"marker": "^", "s": 80, "clip_on": False, "zorder": 3}
         panel.scatter(epochs, [top] * len(epochs), c=colours, label=label, **triangles)
 

@@ -22,6 +22,7 @@ checkpoint. scripts/cost_report.py adds it all up.
 
 import datetime
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ KEYS = {
     *("session", "began", "alive_s", "startup_s", "first_step", "step", "epochs"),
     *("price_per_hour", "gpu", "cpu", "instance_type", "ended"),
 }
+NUMBERS = ("alive_s", "startup_s", "first_step", "step", "epochs", "price_per_hour")
 FINISHED, SIGNAL, EC2_NOTICE, BUDGET, FAILED = (
     "finished", "signal", "EC2's notice", "budget", "failed",
 )  # fmt: skip
@@ -114,7 +116,10 @@ def read(folder: Path, mirrored: bytes = b"") -> list[dict[str, Any]]:
             continue
         if not isinstance(line, dict) or not line.keys() >= KEYS:  # damaged
             continue
-        if all(isinstance(line[key], int | float) for key in ("alive_s", "price_per_hour")):
+        numbers = [line[key] for key in NUMBERS]
+        if isinstance(line["session"], str) and all(
+            isinstance(number, int | float) and 0 <= number < math.inf for number in numbers
+        ):
             lines.append(line)
     return lines
 

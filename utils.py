@@ -688,9 +688,12 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_metrics(path: Path, advice: str = REMOVE_IT) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, in order of epochs; raises UserError if it is damaged."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line]
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line]
     except ValueError:  # bytes that are no text are one too
-        raise UserError(f"{path} is damaged: {advice}") from None
+        rows = [None]
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is damaged: {advice}")
+    return rows
 
 
 def read_json(path: Path, advice: str = REMOVE_IT) -> Any:

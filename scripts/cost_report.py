@@ -36,6 +36,7 @@ from typing import Annotated, Any
 
 import tyro
 from matplotlib import rcParams
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -50,6 +51,8 @@ from plot_metrics import (
     REFERENCE_VALIDATION,
     STYLE,
     VALIDATION,
+    name_below,
+    shortened,
     write_png,
 )
 from utils import (
@@ -368,7 +371,7 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
         "with a machine": hours(summary["running_s"]),
         "without one": hours(summary["away_s"]),
         "starting up": hours(summary["startup_s"]),
-        "GPU hours: training, validation": hours(summary["gpu_s"]),
+        "training and validation": hours(summary["gpu_s"]),
         "training images a second": f"{rate:.0f}" if rate else "–",
         "interruptions": f"{count}: {reasons}" if count else "0",
         "work done twice": f"{summary['steps_twice']} steps, "
@@ -381,7 +384,9 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
     found["best top-1"] = "–" if best is None else f"{best:.2f} %"
     for percent in TOP1_PERCENT:
         reached = summary["usd_to_top1"].get(str(percent))
-        text = f"{dollars(reached['usd'])} (epoch {reached['epoch']})" if reached else "–"
+        # Nothing was free: by then no start had a price that is known.
+        is_known = reached is not None and reached["usd"] > 0
+        text = f"{dollars(reached['usd'])} (epoch {reached['epoch']})" if is_known else "–"
         found[f"machine, to {percent} % top-1"] = text
     if summary["ended"] == UNKNOWN:  # what nobody wrote down is not 0
         hidden = ("without one", "starting up", "interruptions", "work done twice")
@@ -431,27 +436,28 @@ def draw(name: str, summary: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     shown = {
         REFERENCE_NAME: (summarize_reference()["curve"], REFERENCE_VALIDATION),
-        name: (summary["curve"], {**VALIDATION, "color": COLOURS[0]}),
+        shortened(name): (summary["curve"], {**VALIDATION, "color": COLOURS[0]}),
     }
+    handles: list[Artist] = []
     for run_name, (curve, style) in shown.items():
         usd, top1 = ([point[key] for point in curve] for key in ("usd", "val_top1"))
         label = f"{run_name}: best {max(top1):.2f} %, {dollars(usd[-1])} by the last epoch"
-        axes.plot(usd, top1, label=label, **style)
+        handles += axes.plot(usd, top1, label=label, **style)
     stops = interruptions_usd(summary)
     for (why, stops_usd), colour in zip(stops.items(), COLOURS[1:], strict=False):
         for usd in stops_usd:
             axes.axvline(usd, color=colour, linewidth=1.2, linestyle=":", zorder=1)
         label = f"interruption: {why}" + f" ({len(stops_usd)})" * (len(stops_usd) > 1)
-        axes.scatter(
+        handles += [axes.scatter(
             stops_usd, [1.0] * len(stops_usd), transform=axes.get_xaxis_transform(),
             marker="v", s=110, color=colour, clip_on=False, zorder=4, label=label,
-        )  # fmt: skip
+        )]  # fmt: skip
     points = [point for curve, _ in shown.values() for point in curve]
     scale_dollars(axes, [point["usd"] for point in points] + list(itertools.chain(*stops.values())))
     axes.set(ylabel="validation top-1 (%)", ylim=(0, 1.08 * max(p["val_top1"] for p in points)))
-    figure.legend(loc="outside lower center", ncols=2)
+    name_below(figure, handles)
     so_far = " so far" * (summary["ended"] not in (sessions.FINISHED, UNKNOWN))
-    figure.suptitle(f"{name}: {dollars(summary['usd'])}{so_far}", fontsize=16)
+    figure.suptitle(f"{shortened(name)}: {dollars(summary['usd'])}{so_far}", fontsize=16)
     return figure
 
 
@@ -514,6 +520,8 @@ def choose_prices(options: ReportOptions, lines: list[Line]) -> tuple[Prices | N
     note = "At {} an hour, as the trainer was told.".format(" and ".join(map(dollars, paid)))
     if paid == [0]:
         note = "No price is known: give --price-per-hour."
+    elif paid[0] == 0:
+        note += " Where it was told $0.00 no price was known, and the sums lack it."
     return None, note
 
 
@@ -562,7 +570,10 @@ def main() -> None:
     lines = sessions.read(folder)
     began = seconds(lines[0]["began"]) if lines else time.time()
     lines = (
-        unrecorded(folder, rows[: lines[0]["epochs"]] if lines else rows, options, began) + lines
+        unrecorded(
+            folder, rows[: min(line["epochs"] for line in lines)] if lines else rows, options, began
+        )
+        + lines
     )
     if not lines:
         raise UserError(
@@ -577,6 +588,7 @@ def main() -> None:
     notes = collect_notes(lines, summary, price_note)
     page = write_page(name, summary, notes)
     print(page)
+    (folder / "cost.png").unlink(missing_ok=True)  # another report's, which this one may lack
     if summary["usd"] and summary["curve"]:
         page += "\n![Top-1 against dollars](cost.png)\n"
         write_png(draw(name, summary), folder / "cost.png")

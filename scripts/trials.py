@@ -111,6 +111,10 @@ def read_plan(path: Path) -> dict[str, Config]:
         raise UserError(f"{path}: top1_to_reach is {wanted!r}, and must be a list of percentages")
     folders: dict[str, str] = {}
     for name in variants:
+        try:
+            run_folder("", run_name(name, 0))
+        except UserError as error:
+            raise UserError(f"{path}, variant {name!r}: {error}") from None
         if (other := folders.setdefault(run_name(name, 0), name)) != name:
             raise UserError(
                 f"{path}: the runs of variants {other} and {name} would share a folder: name one "
@@ -275,6 +279,7 @@ def run_trials(options: TrialOptions, plan: dict[str, Config], log_path: Path) -
     failed = False
     for variant, settings in plan.items():  # before any is trained
         for seed in options.seeds:
+            check_config(dataclasses.replace(settings, seed=seed))
             logged(log_path, variant, seed, settings)
     for seed, (variant, settings) in itertools.product(options.seeds, plan.items()):
         if line := logged(log_path, variant, seed, settings):

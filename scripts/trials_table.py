@@ -41,6 +41,25 @@ def alike(groups: list[list[float]]) -> list[list[float]]:
     return spread
 
 
+def interval(pair: list[list[float]], others: list[list[float]]) -> float | None:
+    """Half the 95 % interval of the difference between two means; None if nothing is known.
+
+    Other variants' seeds may part by more, or by less: they stand in only where one of the two has
+    a single run. Where one of the two parts by far more than the others do, Welch's interval,
+    which takes the two for unlike.
+    """
+    shares = [1 / len(group) for group in pair]
+    if min(map(len, pair)) > 1 and not all(group in others for group in pair):
+        parts = [statistics.variance(group) / len(group) for group in pair]
+        degrees = [len(group) - 1 for group in pair]
+        freedom = sum(parts) ** 2 / sum(p**2 / d for p, d in zip(parts, degrees, strict=True))
+        return stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts))
+    deviation, freedom = pooled_deviation(pair if min(map(len, pair)) > 1 else others)
+    if not freedom:
+        return None
+    return stats.t.ppf(0.975, freedom) * deviation * math.sqrt(sum(shares))
+
+
 def table(
     title: str, names: list[str], lines: list[dict[str, Any]], goals: Sequence[float] = ()
 ) -> str:
@@ -70,14 +89,10 @@ def table(
         spread = f" ± {statistics.stdev(group):.2f}" if len(group) > 1 else ""
         against = ""
         if name != names[0] and results[names[0]]:
-            against = f"{mean - statistics.fmean(results[names[0]]):+.2f}"
-            # Other variants' seeds may part by more, or by less: they stand in only where needed.
-            pair = [group, results[names[0]]]
-            own = min(map(len, pair)) > 1
-            deviation, freedom = pooled_deviation(pair if own else alike([*results.values()]))
-            if freedom:
-                reach = stats.t.ppf(0.975, freedom) * deviation
-                against += f" ± {reach * math.sqrt(sum(1 / len(one) for one in pair)):.2f}"
+            against = f"{round(mean - statistics.fmean(results[names[0]]), 2) + 0.0:+.2f}"
+            reach = interval([group, results[names[0]]], alike([*results.values()]))
+            if reach is not None:
+                against += f" ± {reach:.2f}"
         commits = {line["commit"][:7] for line in runs if "commit" in line}
         several = f", commits {' '.join(sorted(commits))}" * (len(commits) > 1)
         seconds = statistics.fmean(line["train_s"] for line in runs)

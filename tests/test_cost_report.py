@@ -163,6 +163,21 @@ def test_the_page_says_the_same_and_has_a_picture(folder: Path) -> None:
         assert picture.size == (1800, 1012)
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet50_imagenet_1k_onecycleLr", 3 * "resnet50_imagenet_accurate_", "_hidden"]
+)
+def test_names_stay_on_the_picture_and_in_its_legend(name: str) -> None:
+    """Without an interruption, as with one."""
+    summary = cost_report.summarize(LINES[4:], ROWS, None)
+    figure = cost_report.draw(name, {**summary, "interruptions": {}})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text()[:9] for text in legend.get_texts()] == ["reference", f"{name}: be"[:9]]
+    for part in (legend, figure._suptitle):
+        box = part.get_window_extent()
+        assert figure.bbox.xmin <= box.xmin < box.xmax <= figure.bbox.xmax
+
+
 def test_another_price_takes_the_place_of_those_that_were_given(folder: Path) -> None:
     whole = record(folder, "--price-per-hour", 0.2)
     assert math.isclose(whole["usd"], 0.6)
@@ -263,7 +278,10 @@ def test_a_torn_line_and_lines_of_something_else_are_passed_over(folder: Path) -
     whole = cost_report.summarize(sessions.read(folder), ROWS, None)
     path = folder / "sessions.jsonl"
     longer = json.dumps({**LINES[-1], "alive_s": 9999}).encode()
-    others = (b"[]", b"\xff\xfe\0", longer.replace(b"alive_s", b"amive_s"), longer[:-9])
+    others = [b"[]", b"\xff\xfe\0", longer.replace(b"alive_s", b"amive_s"), longer[:-9]]
+    for key, value in (("step", None), ("epochs", "3"), ("session", []), ("alive_s", math.nan)):
+        others.append(json.dumps({**LINES[-1], key: value}).encode())
+    others.append(json.dumps({**LINES[-1], "price_per_hour": -1.0}).encode())
     path.write_bytes(b"\n".join((path.read_bytes(), *others)))
     assert cost_report.summarize(sessions.read(folder), ROWS, None) == whole
 
@@ -300,8 +318,15 @@ def test_a_run_without_a_price_has_its_hours(
     assert not (folder / "cost.png").exists()
     # The second start has a price, and the interruption before it none.
     write_lines(folder, [{**line, "price_per_hour": 0.0} for line in LINES[:4]] + LINES[4:])
-    assert math.isclose(record(folder)["usd"], 0.5)
+    whole = record(folder)
+    assert math.isclose(whole["usd"], 0.5)
+    assert "no price was known, and the sums lack it" in whole["notes"][0]
+    assert "| machine, to 50 % top-1          | – " in (folder / "cost.md").read_text()
     assert (folder / "cost.png").exists()
+    # A report without prices leaves no other one's picture.
+    write_lines(folder, [{**line, "price_per_hour": 0.0} for line in LINES])
+    report(folder)
+    assert not (folder / "cost.png").exists()
 
 
 def test_older_runs_are_as_long_as_their_metrics_say(folder: Path, tmp_path: Path) -> None:
@@ -327,10 +352,18 @@ def test_sessions_that_begin_in_the_middle_of_a_run_are_added_to_its_metrics(fol
     assert "Of the first 2 epochs there is no sessions.jsonl" in (folder / "cost.md").read_text()
 
 
+def test_a_copy_of_the_sessions_in_another_order_adds_nothing(folder: Path) -> None:
+    """A mirror's lines come before those that are here alone."""
+    write_lines(folder, [*LINES[4:], *LINES[:4]])
+    assert math.isclose(record(folder)["usd"], 2.5)
+
+
 def test_a_folder_without_a_run_is_refused(folder: Path, tmp_path: Path) -> None:
     done = command(tmp_path / "runs" / "none")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no such run: there is no folder ")
+    (folder / "metrics.jsonl").write_text("[1]\n")
+    assert "metrics.jsonl is damaged" in refusal(folder)
     for name in ("sessions.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
     assert "neither sessions.jsonl nor a finished epoch" in refusal(folder)

@@ -180,6 +180,13 @@ def test_a_long_name_leaves_the_title_on_the_picture(tmp_path: Path) -> None:
     assert figure.bbox.xmin <= box.xmin < box.xmax <= figure.bbox.xmax
 
 
+def test_the_ring_around_the_only_loss_is_whole(tmp_path: Path) -> None:
+    row = make_row(1, train_loss=1.9, val_loss=2.3)
+    figure = draw({"a": read_curves(make_run(tmp_path, "a", [row]))}, reference=False)
+    top = figure.axes[0].get_ylim()[1]
+    assert 2.3 * 1.04 < top < 2.3 * 1.1
+
+
 @pytest.mark.parametrize(
     ("part", "outlier", "shown"),
     [

@@ -173,6 +173,7 @@ def test_a_failed_run_is_kept_in_the_log_and_the_exit_code(folder: Path) -> None
         ("common = 3\n[variants.a]", "needs [variants.NAME]"),
         ("[[common]]\n[variants.a]", "needs [variants.NAME]"),
         ("[variants.'+ mix']\n[variants.'- mix']", "variants + mix and - mix would share a folder"),
+        ("[variants.a]\n[variants.'β']", "variant 'β': '-seed0' is no name for a run"),
         ("[variants.a]\nepochs = 0", "variant a: epochs is 0: it must be above 0"),
         ("[variants", "is no TOML file"),
         ("colour = 1\n[variants.a]\n", "not colour"),
@@ -195,6 +196,7 @@ def test_what_would_not_run_is_told_in_a_line(folder: Path) -> None:
             ("plan.toml", "--variants", "odd"),
             'plan.toml has no variant "odd": it has "plain", "smooth, averaged"',
         ),
+        (("plan.toml", "--seeds", 0, -1), "seed is -1: it must be 0 or more"),
         (("nowhere.toml",), "plain, seed 0 did not run: the line above says why"),
     ):
         done = run(folder, *arguments)
@@ -359,8 +361,8 @@ def test_the_tables_figures_are_those_of_scipy() -> None:
     ]
     text = trials_table.table("Title", ["a", "b", "wild", "single", "c"], lines)
     a, b, wild, single = (np.array(group) / 10 for group in results.values())
-    for other in (b, wild):  # each by its own spread and that of a
-        interval = stats.ttest_ind(other, a).confidence_interval(0.95)
+    for other in (b, wild):  # each by its own spread and that of a; wild's is of another kind
+        interval = stats.ttest_ind(other, a, equal_var=other is b).confidence_interval(0.95)
         width = (interval.high - interval.low) / 2
         assert f"| {other.mean() - a.mean():+.2f} ± {width:.2f} |" in text
     assert (

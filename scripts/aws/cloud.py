@@ -473,7 +473,7 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
             f"training runs with other settings:\n{has}\nIt will be stopped, saved, and started "
             f"with these:\n{wanted.decode().strip()}",
         )
-        # bootstrap.sh takes that back. Again, since the trainer's end may ask for ten minutes instead.
+        # bootstrap.sh takes that back. Twice: the trainer's end may ask for ten minutes instead.
         poweroff = f"sudo bash {FOLDER}/scripts/aws/instance/poweroff.sh 2h"
         machine.run(f"{poweroff} && sudo systemctl stop resnet50-trainer && {poweroff}")
     machine.push_code()

@@ -10,7 +10,9 @@ fits() { # Python 3.11 to 3.13: TorchScript ends there
 }
 
 if [ ! -x .venv/bin/python ]; then
-    for python in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    pythons=(python3 python3.13 python3.12 python3.11)
+    if [ -n "${PYTHON:-}" ]; then pythons=("$PYTHON"); fi
+    for python in "${pythons[@]}"; do
         if fits "$python"; then break; fi
     done
     if ! fits "$python"; then
@@ -28,7 +30,7 @@ elif ! fits .venv/bin/python; then
 fi
 # The stamp is written last, so that a broken-off installation is done again.
 stamp=.venv/installed-${requirements%.txt}
-wanted=$(cat requirements*.txt | sha256sum)
+wanted=$({ .venv/bin/python -V && cat requirements*.txt; } | sha256sum) # a newer Python finds no packages
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing $requirements into .venv (some minutes and 6 GB, most of it PyTorch) ..."
     .venv/bin/python -m ensurepip >/dev/null # where making .venv was broken off before it

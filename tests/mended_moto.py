@@ -481,6 +481,7 @@ def interrupt(instance_id: str, why: str = "no-capacity", region: str = "us-east
     stops = request.instance_interruption_behaviour == "stop"
     if stops:
         instance.stop()
+        instance.pending_describes = settings.instance_describes
         name, kind = "Server.SpotInstanceShutdown", "stopped"
     else:
         instance.terminate()
@@ -531,11 +532,13 @@ def shut_down(instance_id: str, region: str = "us-east-1") -> str:
 
 
 def instance_state(self: Any) -> Any:
-    """Pending, or shutting down, for as many looks as the settings say, then what it is."""
+    """Pending, or on its way to an end, for as many looks as the settings say, then what it is."""
     if self._state.name == "running" and self.pending_describes > 0:
         return ec2_instances.InstanceState("pending", 0)
     if self._state.name == "terminated" and self.pending_describes > 0:
         return ec2_instances.InstanceState("shutting-down", 32)
+    if self._state.name == "stopped" and self.pending_describes > 0:  # by EC2
+        return ec2_instances.InstanceState("stopping", 64)
     return self._state
 
 

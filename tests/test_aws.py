@@ -497,6 +497,19 @@ def test_nothing_is_started_before_what_may_fail(
     assert account(emulator)["instances"] == ["stopped"]
 
 
+def test_stop_tells_that_ec2_takes_the_instance_just_now(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.fail("CreateVolume", "VolumeLimitExceeded")
+    (instance_id,) = set(re.findall(r"\bi-[0-9a-f]+", cloud(environment, "launch", "--yes").stdout))
+    emulator.set(instance_describes=10)
+    emulator.interrupt(instance_id)
+    emulator.clear()
+    assert "but EC2 has taken one" in cloud(environment, "stop").stdout
+    assert changes(emulator) == []
+
+
 def test_a_volume_too_small_for_the_data_is_told(
     emulator: Emulator, environment: dict[str, str]
 ) -> None:

@@ -716,8 +716,9 @@ def stop(options: Stop, aws: Aws) -> None:
         print("no training instance runs")
         if instance is None and find_spot_requests(aws, options.settings):
             print(SUCCESSOR)
-        stopped = instance is not None and instance["State"]["Name"] == "stopped"
-        if stopped and (code := taken_by_ec2(aws, instance)):
+        if instance is not None:
+            wait_until(aws, "instance-stopped", "--instance-ids", instance["InstanceId"])
+        if instance is not None and (code := taken_by_ec2(aws, instance)):
             print(
                 f"but EC2 has taken one ({code}), and starts it again by itself: tear-down "
                 "--keep-snapshot --keep-runs ends that"

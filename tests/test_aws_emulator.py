@@ -118,6 +118,7 @@ def test_the_life_of_a_spot_instance(emulator: Emulator, aws: Aws, image: str) -
     assert not data["Attachments"][0]["DeleteOnTermination"]
 
     emulator.interrupt(instance_id)
+    assert instances(aws)[instance_id]["State"]["Name"] == "stopping"
     stopped = instances(aws)[instance_id]
     assert stopped["State"]["Name"] == "stopped"
     assert stopped["StateReason"]["Code"] == "Server.SpotInstanceShutdown"

@@ -226,7 +226,7 @@ def test_options_that_cannot_be_used_are_told_first(
         ("config.json", '{"config": {"val_px": "64"}, "classes": []}', "has not the settings"),
         ("config.json", '{"config": {}, "classes": ["a"]}', "not the weights of a .* 1 classes"),
         ("metrics.jsonl", '{"epoch": 1}', "lacks an epoch or its accuracy"),
-        ("metrics.jsonl", "[1]", "lacks an epoch or its accuracy"),
+        ("metrics.jsonl", "[1]", "metrics.jsonl is damaged: "),
         ("result.json", '{"top1": 5}', "lacks an epoch or its accuracy"),
     ],
 )

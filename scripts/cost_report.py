@@ -588,10 +588,12 @@ def main() -> None:
     notes = collect_notes(lines, summary, price_note)
     page = write_page(name, summary, notes)
     print(page)
-    (folder / "cost.png").unlink(missing_ok=True)  # another report's, which this one may lack
+    picture = folder / "cost.png"
     if summary["usd"] and summary["curve"]:
         page += "\n![Top-1 against dollars](cost.png)\n"
-        write_png(draw(name, summary), folder / "cost.png")
+        write_png(draw(name, summary), picture)
+    else:
+        picture.unlink(missing_ok=True)  # of a report before this one
     write_atomically(folder / "cost.md", page.encode())
     record = {"run": name, **summary, "notes": notes, "reference": summarize_reference()}
     write_json(folder / "cost.json", record)

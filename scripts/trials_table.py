@@ -48,7 +48,6 @@ def interval(pair: list[list[float]], others: list[list[float]]) -> float | None
     a single run. Where one of the two parts by far more than the others do, Welch's interval,
     which takes the two for unlike.
     """
-    shares = [1 / len(group) for group in pair]
     if min(map(len, pair)) > 1 and not all(group in others for group in pair):
         parts = [statistics.variance(group) / len(group) for group in pair]
         degrees = [len(group) - 1 for group in pair]
@@ -57,7 +56,9 @@ def interval(pair: list[list[float]], others: list[list[float]]) -> float | None
     deviation, freedom = pooled_deviation(pair if min(map(len, pair)) > 1 else others)
     if not freedom:
         return None
-    return stats.t.ppf(0.975, freedom) * deviation * math.sqrt(sum(shares))
+    return (
+        stats.t.ppf(0.975, freedom) * deviation * math.sqrt(sum(1 / len(group) for group in pair))
+    )
 
 
 def table(
@@ -72,6 +73,7 @@ def table(
         for name in names
     }
     results = {name: [top1(line) for line in runs] for name, runs in finished.items()}
+    usual = alike([*results.values()])
     parts = [
         f"# {title}",
         "",
@@ -90,7 +92,7 @@ def table(
         against = ""
         if name != names[0] and results[names[0]]:
             against = f"{round(mean - statistics.fmean(results[names[0]]), 2) + 0.0:+.2f}"
-            reach = interval([group, results[names[0]]], alike([*results.values()]))
+            reach = interval([group, results[names[0]]], usual)
             if reach is not None:
                 against += f" ± {reach:.2f}"
         commits = {line["commit"][:7] for line in runs if "commit" in line}

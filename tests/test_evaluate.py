@@ -246,6 +246,22 @@ def test_picture_and_mirror_image_are_averaged(runs: Path, tmp_path: Path, monke
         )
 
 
+def test_the_values_of_many_sizes_do_not_lie_on_each_other() -> None:
+    """Steps of 16 px around the best one, as one asks for them on ImageNet."""
+    top1 = (74.1, 74.9, 75.5, 75.9, 76.2, 76.4, 76.5, 76.5, 76.2, 75.6)
+    rows = [
+        {"val_px": px, **{f"val_{name}": value for name in ("top1", "top5")}}
+        | {f"val_{name}_interval": [value - 0.4, value + 0.4] for name in ("top1", "top5")}
+        for px, value in zip((*range(160, 257, 16), 288, 320, 352), top1, strict=True)
+    ]
+    figure = error_analysis.draw_sizes("best.pt", rows)
+    FigureCanvasAgg(figure).draw()
+    for panel in figure.axes:
+        assert [text.get_text() for text in panel.texts] == ["74.10", "76.50", "75.60"]
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert not boxes[0].overlaps(boxes[1]) and not boxes[1].overlaps(boxes[2])
+
+
 def test_accuracy_at_several_sizes(runs: Path, tmp_path: Path, monkeypatch) -> None:
     """The shorter side grows with the crop; the size of the run itself is among them."""
     run_main(monkeypatch, "--runs-folder", runs, "--output", tmp_path, "--sizes", 64, 48, 64)

@@ -48,6 +48,7 @@ from utils import (
     DeploymentConfig,
     UserError,
     check_writable,
+    is_number,
     latest_run,
     parse_options,
     read_json,
@@ -364,19 +365,19 @@ def show_predictions(
 def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
     """Epoch of the weights and the validation accuracy that the trainer measured."""
     path = folder / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
+    fields = ("epoch", "val_top1", "val_top5", "val_images")
+    rows = read_metrics(path, fields) if path.exists() else []
     if not rows:
         raise UserError(f"no epoch has finished yet: {path} is missing or empty")
-    result = read_json(folder / "result.json")
-    try:
-        row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
-        if weights == "best" and result is not None and result["epoch"] == row["epoch"]:
+    row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
+    path = folder / "result.json"
+    result = read_json(path)
+    if weights == "best" and result is not None:
+        if not isinstance(result, dict) or not all(is_number(result.get(name)) for name in fields):
+            raise UserError(f"{path} lacks an epoch or its accuracy: bring back a copy")
+        if result["epoch"] == row["epoch"]:
             row = result  # the last evaluation: these weights, in fp32 as they are served
-        return {key: row[key] for key in ("epoch", "val_top1", "val_top5", "val_images")}
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path}, or result.json beside it, lacks an epoch or its accuracy: bring back a copy"
-        ) from None
+    return {field: row[field] for field in fields}
 
 
 def write_export(

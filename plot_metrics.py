@@ -9,7 +9,6 @@ It needs neither torch nor a display, and may run while the training does.
 """
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from utils import (
     UserError,
     latest_run,
     parse_options,
+    read_metrics,
     run_folder,
     run_stage,
     write_atomically,
@@ -119,21 +119,7 @@ def read_curves(folder: Path) -> Curves:
     path = folder / "metrics.jsonl"
     if not path.exists() or not path.read_bytes().strip():
         raise UserError(f"no epoch has finished yet: {path} is missing or empty")
-    rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object")
-        for field in FIELDS:
-            value = row.get(field)
-            is_number = isinstance(value, int | float)
-            # Only a loss can be beyond all numbers, or none.
-            if not is_number or not (math.isfinite(value) or field.endswith("loss")):
-                raise UserError(f"{path}, line {number}: {field} is missing or not a number")
-        rows.append([row[field] for field in FIELDS])
+    rows = [[row[field] for field in FIELDS] for row in read_metrics(path, FIELDS)]
     return dict(zip(FIELDS, zip(*rows, strict=True), strict=True))
 
 

@@ -40,6 +40,7 @@ from utils import (
     check_writable,
     describe_computer,
     format_duration,
+    is_number,
     learning_rate,
     log,
     read_json,
@@ -121,10 +122,10 @@ def tell_finished(folder: Path, config: Config, state: dict[str, Any]) -> str:
     if len(state["history"]) < epochs or not whole:
         return ""
     result = read_json(folder / "result.json")
-    if not isinstance(result, dict) or not result.keys() >= {"val_top1", "epoch"}:
-        return ""  # damaged
-    if result.get("epochs") != epochs:
+    if not isinstance(result, dict) or result.get("epochs") != epochs:
         return ""
+    if not all(is_number(result.get(name)) for name in ("val_top1", "epoch")):
+        return ""  # damaged
     extend = "" if config.extra_epochs else " To extend it: add --extra-epochs N, once."
     return (
         f"run {config.name} is finished: {epochs} epochs, {result['val_top1']:.2f} % top-1 with "

@@ -22,21 +22,18 @@ checkpoint. scripts/cost_report.py adds it all up.
 
 import datetime
 import json
-import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from utils import Config, log
+from utils import Config, is_number, log
 
 FILE = "sessions.jsonl"
 BEAT_S = 60.0
-KEYS = {
-    *("session", "began", "alive_s", "startup_s", "first_step", "step", "epochs"),
-    *("price_per_hour", "gpu", "cpu", "instance_type", "ended"),
-}
-NUMBERS = ("alive_s", "startup_s", "first_step", "step", "epochs", "price_per_hour")
+COUNTS = ("first_step", "step", "epochs")
+NUMBERS = ("alive_s", "startup_s", "price_per_hour")
+TEXTS = ("session", "began", "gpu", "cpu", "instance_type", "ended")
 FINISHED, SIGNAL, EC2_NOTICE, BUDGET, FAILED = (
     "finished", "signal", "EC2's notice", "budget", "failed",
 )  # fmt: skip
@@ -114,14 +111,22 @@ def read(folder: Path, mirrored: bytes = b"") -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:  # torn
             continue
-        if not isinstance(line, dict) or not line.keys() >= KEYS:  # damaged
-            continue
-        numbers = [line[key] for key in NUMBERS]
-        if isinstance(line["session"], str) and all(
-            isinstance(number, int | float) and 0 <= number < math.inf for number in numbers
-        ):
+        if isinstance(line, dict) and _is_whole(line):
             lines.append(line)
     return lines
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    try:
+        utc(seconds(line["began"]) + line["alive_s"])
+        return (
+            isinstance(line["session"], str)
+            and all(line[key] is None or isinstance(line[key], str) for key in TEXTS)
+            and all(isinstance(line[key], int) for key in COUNTS)
+            and all(is_number(line[key]) and line[key] >= 0 for key in (*NUMBERS, *COUNTS))
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
 
 
 def price_usd(lines: list[dict[str, Any]]) -> float:
@@ -154,7 +159,13 @@ def _process_started() -> float:
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def utc(seconds: float) -> str:
+def utc(moment_s: float) -> str:
     """Seconds since 1970 as ISO 8601, such as 2026-11-24T08:22:00.123Z."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    moment = datetime.datetime.fromtimestamp(moment_s, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def seconds(moment: str) -> float:
+    """An ISO 8601 time in seconds since 1970; UTC where it names no zone."""
+    parsed = datetime.datetime.fromisoformat(moment)
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).timestamp()

@@ -52,6 +52,7 @@ from utils import (
     UserError,
     check_config,
     format_duration,
+    is_number,
     is_out_of_memory,
     learning_rate,
     log,
@@ -286,10 +287,12 @@ def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> C
     path = folder / "lr_finder.json"
     found = read_json(path)
     rate = found.get("suggested_max_lr") if isinstance(found, dict) else None
-    if not isinstance(rate, int | float):
+    if not is_number(rate):
         what = f"no {path}" if found is None else f"{path} has no suggested_max_lr"
         raise UserError(f"{what}: run python3 lr_finder.py first, with the settings of this run")
     settings = found.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: run python3 lr_finder.py again")
     other = [
         f"{name} {settings[name]} instead of {value}"
         for name, value in lr_settings(config).items()

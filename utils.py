@@ -685,15 +685,32 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def read_metrics(path: Path, advice: str = REMOVE_IT) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, in order of epochs; raises UserError if it is damaged."""
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-    except ValueError:  # bytes that are no text are one too
-        rows = [None]
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is damaged: {advice}")
+def read_metrics(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, in order of epochs, all of which have a number in these fields.
+
+    Only a loss may be beyond all numbers, or none. Raises UserError naming the line that is wrong.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object: bring back a copy")
+        for field in fields:
+            value = row.get(field)
+            if not (is_number(value) or (field.endswith("loss") and isinstance(value, float))):
+                raise UserError(
+                    f"{path}, line {number}: {field} is missing or not a number: bring back a copy"
+                )
+        rows.append(row)
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number, and no integer beyond those of a float."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def read_json(path: Path, advice: str = REMOVE_IT) -> Any:
@@ -716,6 +733,7 @@ def read_run(folder: Path) -> tuple[Config, tuple[str, ...], dict[str, Any]] | N
     try:
         config, classes = Config(**record["config"]), tuple(record["classes"])
         check_config(config)
+        "".join(classes)  # all are text
     except (KeyError, TypeError):
         raise UserError(
             f"{path} has not the settings and classes of a run: bring back a copy"

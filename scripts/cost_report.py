@@ -23,7 +23,6 @@ command is run from here.
 
 import collections
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -59,13 +58,14 @@ from utils import (
     UserError,
     format_duration,
     parse_options,
-    read_json,
     read_metrics,
+    read_run,
     run_stage,
     write_atomically,
     write_json,
 )
 
+FIELDS = ("epoch", "val_top1", "train_images", "train_s", "val_s")  # of metrics.jsonl
 TOP1_PERCENT = (25, 50, 60, 70, 75, 76, 77, 78)
 MONTH_S = 730 * 3600  # of a volume's price, as AWS's calculator has it
 UNDER_WAY_S = 5 * sessions.BEAT_S  # since the last line
@@ -129,7 +129,8 @@ def summarize(
     under way from one that was killed.
     """
     by_session: dict[str, list[Line]] = {}
-    for line in lines:
+    # A mirror's lines stand before those that only this machine has, which may be older.
+    for line in sorted(lines, key=lambda line: sessions.seconds(line["began"])):
         by_session.setdefault(line["session"], []).append(line)
     table: list[dict[str, Any]] = []
     usd_after: dict[int, float] = {}  # by epoch, of the last time that it was finished
@@ -140,12 +141,19 @@ def summarize(
             usd_after[epoch] = spent_usd + usd
         table.append(summarize_session(its, prices, furthest_step))
     # Its machine's clock may be a little ahead of this one's.
-    if table[-1]["ended"] == KILLED and abs(now - seconds(table[-1]["last_alive"])) < UNDER_WAY_S:
+    if (
+        table[-1]["ended"] == KILLED
+        and abs(now - sessions.seconds(table[-1]["last_alive"])) < UNDER_WAY_S
+    ):
         table[-1]["ended"] = UNDER_WAY
 
+    began, ended = (
+        [sessions.seconds(session[key]) for session in table] for key in ("began", "last_alive")
+    )
+    # Two machines may have trained the run at once.
     away_s = sum(
-        max(0.0, seconds(later["began"]) - seconds(earlier["last_alive"]))
-        for earlier, later in itertools.pairwise(table)
+        max(0.0, later - earlier)
+        for earlier, later in zip(itertools.accumulate(ended, max), began[1:], strict=False)
     )
     sums = {
         key: sum(session[key] for session in table)
@@ -155,7 +163,7 @@ def summarize(
     ends = collections.Counter(session["ended"] for session in table)
     return {
         "ended": table[-1]["ended"],
-        "wall_s": sums["running_s"] + away_s,
+        "wall_s": max(ended) - min(began),
         "away_s": away_s,
         **sums,
         "img_per_s": sum(row["train_images"] for row in rows) / train_s if train_s else None,
@@ -178,7 +186,7 @@ def summarize_session(its: list[Line], prices: Prices | None, furthest_step: int
     again_until_s = reached_s(its, first["first_step"] + steps_twice)
     return {
         "began": first["began"],
-        "last_alive": sessions.utc(seconds(first["began"]) + last["alive_s"]),
+        "last_alive": sessions.utc(sessions.seconds(first["began"]) + last["alive_s"]),
         "ended": last["ended"] or KILLED,
         "first_step": first["first_step"],
         "last_step": last["step"],
@@ -195,7 +203,7 @@ def summarize_session(its: list[Line], prices: Prices | None, furthest_step: int
 
 def session_usd(line: Line, from_s: float, until_s: float, prices: Prices | None) -> float:
     """Price of a part of a session, in seconds from its beginning."""
-    began = seconds(line["began"])
+    began = sessions.seconds(line["began"])
     its_own = [(-math.inf, line["price_per_hour"])]
     return price_usd(began + from_s, began + until_s, prices or its_own)
 
@@ -229,12 +237,6 @@ def usd_to_top1(rows: list[dict[str, Any]], usd_after: dict[int, float]) -> dict
         if epoch in usd_after:
             found[str(percent)] = {"epoch": epoch, "usd": usd_after[epoch]}
     return found
-
-
-def seconds(moment: str) -> float:
-    """An ISO 8601 time in seconds since 1970; UTC where it names no zone."""
-    parsed = datetime.datetime.fromisoformat(moment)
-    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 # ------------------------------------------------------------------------------ without a record
@@ -279,10 +281,10 @@ def unrecorded(
         return []
     price_per_hour = options.price_per_hour
     if price_per_hour is None:
-        record = read_json(folder / "config.json")
-        if record is None:
+        run = read_run(folder)
+        if run is None:
             raise UserError(f"{folder} has no config.json with the price: give --price-per-hour")
-        price_per_hour = record["config"]["price_per_hour"]
+        price_per_hour = run[0].price_per_hour
     return one_session(UNRECORDED, ends_s, price_per_hour, until - max(ends_s.values()))
 
 
@@ -297,7 +299,7 @@ def read_spot_prices(text: str, source: str, first_s: float) -> tuple[Prices, st
     try:
         history = json.loads(text)["SpotPriceHistory"]
         prices = sorted(
-            (seconds(entry["Timestamp"]), float(entry["SpotPrice"])) for entry in history
+            (sessions.seconds(entry["Timestamp"]), float(entry["SpotPrice"])) for entry in history
         )
         keys = ("InstanceType", "AvailabilityZone", "ProductDescription")
         kinds = sorted({", ".join(str(entry.get(key)) for key in keys) for entry in history})
@@ -324,7 +326,7 @@ def read_spot_prices(text: str, source: str, first_s: float) -> tuple[Prices, st
 
 def first_began(lines: list[Line]) -> str:
     """When the first start was, by clocks that may have been set between two of them."""
-    return min((line["began"] for line in lines), key=seconds)
+    return min((line["began"] for line in lines), key=sessions.seconds)
 
 
 def ask_aws(options: ReportOptions, lines: list[Line]) -> str:
@@ -508,7 +510,7 @@ def choose_prices(options: ReportOptions, lines: list[Line]) -> tuple[Prices | N
         else:
             source = options.spot_prices
             text = read_text(Path(source))
-        prices, kind = read_spot_prices(text, source, seconds(first_began(lines)))
+        prices, kind = read_spot_prices(text, source, sessions.seconds(first_began(lines)))
         note = f"At the spot prices in {source}, of {kind}."
         others = {line["instance_type"] for line in lines} - {kind.partition(",")[0], None}
         if others:
@@ -566,9 +568,9 @@ def main() -> None:
             f"storage_usd_per_month is {options.storage_usd_per_month}: it must be 0 or more"
         )
     metrics = folder / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.exists() else []
+    rows = read_metrics(metrics, FIELDS) if metrics.exists() else []
     lines = sessions.read(folder)
-    began = seconds(lines[0]["began"]) if lines else time.time()
+    began = sessions.seconds(first_began(lines)) if lines else time.time()
     lines = (
         unrecorded(
             folder, rows[: min(line["epochs"] for line in lines)] if lines else rows, options, began

@@ -23,7 +23,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -33,6 +33,7 @@ from utils import (
     ConfigOptions,
     UserError,
     check_config,
+    is_number,
     parse_options,
     read_json,
     run_stage,
@@ -100,7 +101,7 @@ def of_one_core(path: Path, kind: str, name: str) -> dict[int, float]:
         raise UserError(f"no {path}: run scripts/benchmark_data.py with --output {path}")
     try:
         found = {
-            row["px"]: row[kind][name]["median"]
+            _positive(row["px"]): _positive(row[kind][name]["median"])
             for row in record["results"]
             if row["cores"] == 1 and name in row[kind]
         }
@@ -109,6 +110,12 @@ def of_one_core(path: Path, kind: str, name: str) -> dict[int, float]:
     if not found:
         raise UserError(f"{path} has not {name!r} on one core: measure that with --cores 1")
     return found
+
+
+def _positive(value: Any) -> float:
+    if not (is_number(value) and value > 0):
+        raise TypeError
+    return value
 
 
 def core_rate(rates: dict[int, float], px: int) -> float:
@@ -124,7 +131,10 @@ def gpu_rates(options: EstimateOptions) -> dict[int, float]:
     try:
         if record["hardware"]["gpu"] is None:
             raise UserError(f"{options.step_benchmark} was measured without a GPU")
-        sizes = {row["px"]: row["ours_img_per_s"]["median"] for row in record["sizes"]}
+        sizes = {
+            _positive(row["px"]): _positive(row["ours_img_per_s"]["median"])
+            for row in record["sizes"]
+        }
     except (TypeError, KeyError):
         raise UserError(
             f"{options.step_benchmark} is not what scripts/benchmark_step.py --output writes"

@@ -47,6 +47,7 @@ from plot_metrics import draw, read_curves
 from utils import (
     MEAN,
     RECIPES,
+    REMOVE_IT,
     RESULT_SETTINGS,
     STD,
     Config,
@@ -94,6 +95,9 @@ def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
     if run is None or not path.exists():
         raise UserError(f"no {path}: name a run's folder, such as runs/NAME, that has weights")
     config, classes, record = run
+    for key in ("versions", "hardware"):
+        if not isinstance(record.get(key), dict):
+            raise UserError(f"{folder / 'config.json'} lacks its {key}: bring back a copy")
     accuracy = measured_accuracy(folder, weights)
     try:
         state = load_weights(path, len(classes)).model.state_dict()
@@ -174,7 +178,7 @@ def write_card(
 ) -> str:
     """The model card, Markdown under a head of YAML; every number comes from the run's files."""
     config, classes = Config(**record["config"]), record["classes"]
-    row = read_metrics(folder / "metrics.jsonl")[-1]
+    row = read_metrics(folder / "metrics.jsonl", ("epoch", "train_images", "val_images"))[-1]
     data = data_name(config, classes, row)
     name = folder.resolve().name
     network = "ResNet-50 (v1.5, as in torchvision)"
@@ -231,7 +235,7 @@ def results_section(folder: Path, config: Config, weights: str, accuracy: dict[s
     """The measured accuracy, how it was measured, and the curves."""
     result = read_json(folder / "result.json") or {}
     if weights == "best" and result.get("epoch") == accuracy["epoch"]:
-        protocol = result["protocol"]
+        protocol = result.get("protocol", "not recorded")
     else:
         protocol = (
             f"shorter side to {config.val_resize_px} px, centre crop {config.val_px} px, one view, "
@@ -318,7 +322,7 @@ def recipe_section(config: Config, record: dict[str, Any]) -> str:
     used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     precision = record["hardware"].get("precision")
     arithmetic = f" Arithmetic of the step: {precision}." if precision else ""
-    commit = f" Code: commit {record['commit']}." if record["commit"] else ""
+    commit = f" Code: commit {record['commit']}." if record.get("commit") else ""
     optimizer = {"sgd": "SGD with momentum", "muon": "Muon"}[config.optimizer]
     annealing = {"cos": "cosine", "linear": "linear"}[config.anneal_strategy]
     loss = {"cross_entropy": "cross-entropy", "bce": "binary cross-entropy"}[config.loss]
@@ -337,17 +341,20 @@ def cost_section(folder: Path) -> list[str]:
     if lines and (
         summary is None or path.stat().st_mtime < (folder / sessions.FILE).stat().st_mtime
     ):
-        rows = read_metrics(folder / "metrics.jsonl")
+        rows = read_metrics(folder / "metrics.jsonl", cost_report.FIELDS)
         summary = cost_report.summarize(lines, rows, None, time.time())
     if summary is None:
         return []
-    stops = sum(summary["interruptions"].values())
-    text = (
-        f"{format_duration(summary['running_s'])} with a machine, {stops} "
-        f"interruption{'s' * (stops != 1)}"
-    )
-    if summary["usd"]:
-        text += f", {cost_report.dollars(summary['usd'])} for the machine"
+    try:
+        stops = sum(summary["interruptions"].values())
+        text = (
+            f"{format_duration(summary['running_s'])} with a machine, {stops} "
+            f"interruption{'s' * (stops != 1)}"
+        )
+        if summary["usd"]:
+            text += f", {cost_report.dollars(summary['usd'])} for the machine"
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not what scripts/cost_report.py writes: {REMOVE_IT}") from None
     return [f"## Cost\n\n{text}."]
 
 

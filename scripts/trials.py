@@ -51,14 +51,21 @@ from utils import (
     changed_settings,
     check_config,
     commit,
+    is_number,
     parse_options,
-    read_json,
     read_metrics,
+    read_run,
     run_folder,
     run_stage,
     write_atomically,
 )
 
+# Of a finished run's line in the log, and of metrics.jsonl.
+NEEDED = ("correct1", "images", "train_s", "train_images")
+FIELDS = (
+    *("val_correct1", "val_correct5", "val_images", "val_loss"),
+    *("train_s", "val_s", "train_images"),
+)
 TRAINER = Path(__file__).parent.parent / "trainer.py"
 # Settings that a trial chooses itself; and a plan says what the learning rate is.
 OURS = {"name", "seed", "runs_folder", "max_lr_from_finder"}
@@ -189,10 +196,10 @@ def train(config: Config) -> tuple[int, bool]:
 def check_commit(config: Config) -> None:
     """Raises UserError if the run has begun at another commit: it would be a run of neither."""
     folder = run_folder(config.runs_folder, config.name)
-    record = read_json(folder / "config.json")
-    if record is None:
+    run = read_run(folder)
+    if run is None:
         return
-    begun, here = (text.removesuffix("-dirty") for text in (record.get("commit", ""), commit()))
+    begun, here = (text.removesuffix("-dirty") for text in (run[2].get("commit", ""), commit()))
     if begun != here:
         raise UserError(
             f"{folder} was begun at commit {begun or 'unknown'}, and this is {here or 'unknown'}: "
@@ -206,15 +213,15 @@ def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str
     Raises UserError where the run in its folder was, and ended, as another one.
     """
     folder = run_folder(config.runs_folder, config.name)
-    record = read_json(folder / "config.json") or {}  # a run that was refused has none
-    before = record.get("config", dataclasses.asdict(config))
+    run = read_run(folder)  # None of one that was refused
+    before, record = (vars(run[0]), run[2]) if run else (vars(config), {})
     if different := changed_settings(before, config, OF_A_VARIANT):
         raise UserError(
             f"{folder} holds another run ({'; '.join(different)}): remove it, or choose another "
             "--runs-folder"
         )
     path = folder / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
+    rows = read_metrics(path, FIELDS) if path.exists() else []
     differing = {
         name: value
         for name, value in dataclasses.asdict(config).items()
@@ -245,8 +252,38 @@ def outcome(config: Config, seed: int, variant: str, exit_code: int) -> dict[str
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; raises UserError if it is damaged."""
-    return read_metrics(path, "mend or remove the line that is no JSON") if path.exists() else []
+    """The lines of a log; raises UserError naming the one that is damaged."""
+    lines = []
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        if not text:  # where one was removed
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not is_whole(line):
+            raise UserError(f"{path}, line {number} is damaged: mend or remove it")
+        lines.append(line)
+    return lines
+
+
+def is_whole(line: Any) -> bool:
+    """Whether a value from a log is what `outcome` makes, as far as the table needs it."""
+    try:
+        done = line["ended"] == "finished"
+        numbers = [line[name] for name in ("seed", "epochs", *NEEDED * done)]
+        epochs = [line.get(name, []) for name in ("epochs_train_s", "epochs_correct1")]
+        return (
+            isinstance(line["settings"], dict)
+            and all(isinstance(line[name], str) for name in ("variant", "ended"))
+            and isinstance(line.get("commit", ""), str)
+            and all(map(is_number, itertools.chain(numbers, *epochs)))
+            and all(line[name] > 0 for name in ("images", "train_s") * done)
+            and len(epochs[0]) == len(epochs[1])
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def table(
         runs, group = finished[name], results[name]
         failures = sum(line["variant"] == name and line["ended"] != "finished" for line in lines)
         if not group:
-            parts.append(f"| {name} | none finished, {failures} failed | 0 | | | | | | |")
+            parts.append(f"| {_cell(name)} | none finished, {failures} failed | 0 | | | | | | |")
             continue
         mean = statistics.fmean(group)
         spread = f" ± {statistics.stdev(group):.2f}" if len(group) > 1 else ""
@@ -101,7 +101,7 @@ def table(
         rate = sum(line["train_images"] for line in runs) / sum(line["train_s"] for line in runs)
         epochs = "/".join(sorted({str(line["epochs"]) for line in runs}))
         parts.append(
-            f"| {name} | {mean:.2f} %{spread} | {len(group)}"
+            f"| {_cell(name)} | {mean:.2f} %{spread} | {len(group)}"
             + f", {failures} failed" * bool(failures)
             + f" | {', '.join(f'{value:.2f}' for value in group)} | {against} | {epochs} "
             f"| {format_duration(seconds)} | {rate:.0f} | {_differences(runs, lines)}{several} |"
@@ -139,8 +139,12 @@ def _times_to_reach(runs: dict[str, list[dict[str, Any]]], goals: Sequence[float
             reached = [time for time in times if time is not None]
             mean = format_duration(statistics.fmean(reached)) if reached else "never"
             cells.append(f"{mean} ({len(reached)} of {len(times)})" if known else "not logged")
-        parts.append(f"| {name} | {' | '.join(cells)} |")
+        parts.append(f"| {_cell(name)} | {' | '.join(cells)} |")
     return parts
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
@@ -151,11 +155,13 @@ def _differences(runs: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str
     def values(of: list[dict[str, Any]], name: str) -> list[str]:
         return sorted({str(line["settings"].get(name, default.get(name))) for line in of})
 
-    return ", ".join(
-        f"{name} {'/'.join(values(runs, name))}"
-        for name in sorted(names)
-        # A setting that is gone has no default.
-        if len(values(lines, name)) > 1 and values(runs, name) != ["None"]
+    return _cell(
+        ", ".join(
+            f"{name} {'/'.join(values(runs, name))}"
+            for name in sorted(names)
+            # A setting that is gone has no default.
+            if len(values(lines, name)) > 1 and values(runs, name) != ["None"]
+        )
     )
 
 
@@ -164,15 +170,20 @@ def _statement(results: dict[str, list[float]], lines: list[dict[str, Any]]) -> 
     groups = alike([*results.values()])
     deviation, freedom = pooled_deviation(groups)
     wide = [name for name, group in results.items() if len(group) > 1 and group not in groups]
-    images = next((line["images"] for line in lines if "images" in line), 0)
+    images = {line["images"] for line in lines if line["ended"] == "finished"}
     finished = [value for group in results.values() for value in group]
     if not finished:
         return "No run has finished: there is nothing to compare."
     share = statistics.fmean(finished) / 100
-    counting = 100 * math.sqrt(share * (1 - share) / images)
+    counting = 100 * math.sqrt(share * (1 - share) / min(images))
     text = (
         f"Against other validation images an accuracy is uncertain by {counting:.2f} points "
-        f"(one standard deviation, {images:,} images); all variants share that."
+        f"(one standard deviation, {min(images):,} images); "
+        + (
+            "all variants share that."
+            if len(images) == 1
+            else "not all runs had the same ones, and what differs may be theirs."
+        )
     )
     if not freedom:
         return f"One run each: what differs may be the seed's doing. {text}"

@@ -572,6 +572,11 @@ FOUND = {
     "none": (None, "no {}: run python3 lr_finder.py"),
     "no JSON": ("{", "{} is damaged: remove it"),
     "no rate": ('{"steps": 20}', "{} has no suggested_max_lr: run python3 lr_finder.py"),
+    "a rate that is none": ('{"suggested_max_lr": NaN}', "{} has no suggested_max_lr: run python3"),
+    "settings that are none": (
+        '{"suggested_max_lr": 0.1, "settings": 5}',
+        "{} is damaged: run python3 lr_finder.py",
+    ),
 }
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import cost_report
 
 import sessions
-from utils import UserError
+from utils import Config, UserError, save_config
 
 # Two starts on one machine. The first, of midnight, costs $1 an hour and is killed after 2 h: $2.
 #
@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     write_lines(folder, LINES)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "config.json").write_text(json.dumps({"config": {"price_per_hour": 2.0}}))
+    save_config(folder, Config(price_per_hour=2.0), ["a"], {})
     return folder
 
 
@@ -234,7 +234,7 @@ def test_spot_prices_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -
 
 
 def sessions_began() -> float:
-    return cost_report.seconds(FIRST["began"])
+    return sessions.seconds(FIRST["began"])
 
 
 def test_aws_is_asked_for_the_machine_of_the_sessions(
@@ -279,7 +279,11 @@ def test_a_torn_line_and_lines_of_something_else_are_passed_over(folder: Path) -
     path = folder / "sessions.jsonl"
     longer = json.dumps({**LINES[-1], "alive_s": 9999}).encode()
     others = [b"[]", b"\xff\xfe\0", longer.replace(b"alive_s", b"amive_s"), longer[:-9]]
-    for key, value in (("step", None), ("epochs", "3"), ("session", []), ("alive_s", math.nan)):
+    for key, value in (
+        *(("step", None), ("epochs", "3"), ("session", []), ("alive_s", math.nan)),
+        *(("epochs", 2.5), ("began", "midnight"), ("began", None), ("ended", []), ("cpu", {})),
+        *(("alive_s", 10**400), ("alive_s", 1e200)),
+    ):
         others.append(json.dumps({**LINES[-1], key: value}).encode())
     others.append(json.dumps({**LINES[-1], "price_per_hour": -1.0}).encode())
     path.write_bytes(b"\n".join((path.read_bytes(), *others)))
@@ -352,10 +356,32 @@ def test_sessions_that_begin_in_the_middle_of_a_run_are_added_to_its_metrics(fol
     assert "Of the first 2 epochs there is no sessions.jsonl" in (folder / "cost.md").read_text()
 
 
-def test_a_copy_of_the_sessions_in_another_order_adds_nothing(folder: Path) -> None:
+def test_a_copy_of_the_sessions_in_another_order_changes_nothing(folder: Path) -> None:
     """A mirror's lines come before those that are here alone."""
+    whole = record(folder)
     write_lines(folder, [*LINES[4:], *LINES[:4]])
-    assert math.isclose(record(folder)["usd"], 2.5)
+    assert record(folder) == whole
+
+
+def test_an_hour_in_which_two_machines_train_is_paid_twice_and_passes_once(folder: Path) -> None:
+    """The second starts at 1:30 here, half an hour before the first is killed, at 2."""
+    early = [{**line, "began": "2026-11-24T01:30:00Z"} for line in LINES[4:]]
+    write_lines(folder, [*LINES[:4], *early])
+    whole = record(folder)
+    assert math.isclose(whole["wall_s"], 2.5 * 3600) and whole["away_s"] == 0
+    assert math.isclose(whole["running_s"], 3 * 3600) and math.isclose(whole["usd"], 2.5)
+    # A third is there and gone while the first runs, and a fourth comes an hour after it.
+    third = {**LINES[4], "session": "c", "began": "2026-11-24T00:30:00Z", "ended": "signal"}
+    write_lines(folder, [*LINES[:4], third, *LINES[4:]])
+    whole = record(folder)
+    assert math.isclose(whole["wall_s"], 4 * 3600) and math.isclose(whole["away_s"], 3600)
+
+
+def test_a_config_json_without_a_price_is_refused_where_it_is_needed(folder: Path) -> None:
+    (folder / "sessions.jsonl").unlink()
+    (folder / "config.json").write_text('{"config": {"price_per_hour": "low"}, "classes": []}')
+    assert "config.json has not the settings and classes of a run" in refusal(folder)
+    assert math.isclose(record(folder, "--price-per-hour", 3600)["usd"], 8000)
 
 
 def test_a_folder_without_a_run_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -363,7 +389,9 @@ def test_a_folder_without_a_run_is_refused(folder: Path, tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no such run: there is no folder ")
     (folder / "metrics.jsonl").write_text("[1]\n")
-    assert "metrics.jsonl is damaged" in refusal(folder)
+    assert "metrics.jsonl, line 1: not a JSON object" in refusal(folder)
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert "metrics.jsonl, line 1: val_top1 is missing or not a number" in refusal(folder)
     for name in ("sessions.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
     assert "neither sessions.jsonl nor a finished epoch" in refusal(folder)

@@ -194,6 +194,11 @@ def test_a_gpus_measured_rates_take_the_place_of_the_published_one(tmp_path: Pat
     path.write_text(json.dumps({**record, "hardware": {"gpu": None}}))
     refused = estimate(tmp_path, "--step-benchmark", str(path))
     assert refused.returncode == 2 and "was measured without a GPU" in refused.stderr
+    for rate in ("fast", None, 0, [2000]):
+        sizes = [{"px": 128, "ours_img_per_s": {"median": rate}}]
+        path.write_text(json.dumps({**record, "sizes": sizes}))
+        refused = estimate(tmp_path, "--step-benchmark", str(path))
+        assert refused.returncode == 2 and "is not what scripts/benchmark_step" in refused.stderr
 
 
 @pytest.mark.parametrize(

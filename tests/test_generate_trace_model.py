@@ -225,9 +225,11 @@ def test_options_that_cannot_be_used_are_told_first(
         ("config.json", '{"config": {"epoch_count": 5}, "classes": []}', "has not the settings"),
         ("config.json", '{"config": {"val_px": "64"}, "classes": []}', "has not the settings"),
         ("config.json", '{"config": {}, "classes": ["a"]}', "not the weights of a .* 1 classes"),
-        ("metrics.jsonl", '{"epoch": 1}', "lacks an epoch or its accuracy"),
-        ("metrics.jsonl", "[1]", "metrics.jsonl is damaged: "),
-        ("result.json", '{"top1": 5}', "lacks an epoch or its accuracy"),
+        ("config.json", '{"config": {}, "classes": [1, 2, 3]}', "has not the settings and classes"),
+        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl, line 1: val_top1 is missing or not a n"),
+        ("metrics.jsonl", "[1]", "metrics.jsonl, line 1: not a JSON object"),
+        ("result.json", '{"top1": 5}', "result.json lacks an epoch or its accuracy"),
+        ("result.json", "[1]", "result.json lacks an epoch or its accuracy"),
     ],
 )
 def test_a_run_whose_files_were_altered_is_told(

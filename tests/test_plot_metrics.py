@@ -253,6 +253,10 @@ def test_a_single_epoch_leaves_a_mark(tmp_path: Path) -> None:
         ('{row}\n{"epoch": 2}\n', "{path}, line 2: train_loss is missing or not a number"),
         ('{"epoch": "1"}\n', "{path}, line 1: epoch is missing or not a number"),
         ('{"epoch": NaN}\n', "{path}, line 1: epoch is missing or not a number"),
+        (
+            '{"epoch": 1, "train_loss": 1%s}' % ("0" * 400),  # beyond all floats
+            "{path}, line 1: train_loss is missing or not a number",
+        ),
     ],
 )
 def test_a_bad_log_is_refused(tmp_path: Path, content: str | None, complaint: str) -> None:
@@ -262,7 +266,8 @@ def test_a_bad_log_is_refused(tmp_path: Path, content: str | None, complaint: st
         path.write_text(content.replace("{row}", json.dumps(make_row(1))))
     done = plot(tmp_path, "--names", "a")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {complaint.format(path=path)}\n"
+    remedy = ": bring back a copy" * (", line " in complaint)
+    assert done.stderr == f"error: {complaint.format(path=path)}{remedy}\n"
     assert not (tmp_path / "a" / "training_metrics.png").exists()
 
 

@@ -36,6 +36,7 @@ FILES = ["README.md", "config.json", "model.safetensors", "training_metrics.png"
 ROW = {
     **{"train_loss": 1.0, "train_top1": 40.0, "train_top5": 90.0, "train_images": 24},
     **{"learning_rate": 0.1, "val_loss": 1.0, "val_top5": 100.0, "val_images": 12},
+    **{"train_s": 6.0, "val_s": 1.0},
 }
 
 
@@ -435,6 +436,19 @@ def test_the_card_names_only_what_it_knows(run: Path) -> None:
     record["config"]["loss"] = "bce"
     card = push_model.write_card(run, "user/tiny", "best", record, accuracy)
     assert "annealing, binary cross-entropy;" in card
+
+
+def test_files_of_a_run_that_were_altered_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "tiny")
+    for name, content, said in (
+        ("cost.json", '{"interruptions": 5}', "cost.json is not what scripts/cost_report.py"),
+        ("metrics.jsonl", json.dumps({**ROW, "train_images": "all"}), "line 1: epoch is missing"),
+        ("config.json", '{"config": {}, "classes": ["a", "b", "c"]}', "lacks its versions"),
+        ("config.json", '{"config": {}, "classes": [1, 2, 3]}', "settings and classes of a run"),
+    ):
+        (folder / name).write_text(content)
+        with pytest.raises(UserError, match=said):
+            push_model.make_files(folder, "user/tiny", "best")
 
 
 def test_a_cost_from_before_the_last_session_is_not_told(tmp_path: Path) -> None:

@@ -250,12 +250,20 @@ def test_a_run_whose_budget_is_spent_goes_on_with_a_higher_one(folder: Path) -> 
 
 @pytest.fixture
 def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
-    """Trials of a plan with two variants, whose trainer is a script."""
+    """Trials of a plan with two variants, whose trainer is a script and leaves an epoch's row."""
+    row = {**dict.fromkeys(trials.FIELDS, 1.0), "val_images": 12, "val_correct1": 3}
+    leave_it = f"""
+import pathlib, sys
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+folder = pathlib.Path(options["runs-folder"], options["name"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "metrics.jsonl").write_text({json.dumps(row)!r})
+"""
     (tmp_path / "plan.toml").write_text(PLAN)
     options = trials.TrialOptions(tmp_path / "plan.toml", (0,), runs_folder=tmp_path / "runs")
 
     def run_trials(trainer: str) -> int:
-        (tmp_path / "trainer.py").write_text(trainer)
+        (tmp_path / "trainer.py").write_text(leave_it + trainer)
         monkeypatch.setattr(trials, "TRAINER", tmp_path / "trainer.py")
         plan = trials.read_plan(options.plan)
         return trials.run_trials(options, plan, tmp_path / "plan.jsonl")
@@ -321,11 +329,16 @@ def test_a_run_goes_on_at_its_own_commit_only(
 ) -> None:
     begun = tmp_path / "runs/plan/plain-seed0/config.json"
     begun.parent.mkdir(parents=True)
-    begun.write_text(json.dumps({"commit": "0" * 40}))
+    planned = trials.read_plan(tmp_path / "plan.toml")["plain"]
+    known = {"config": vars(planned), "classes": ["a"]}
+    begun.write_text(json.dumps({**known, "commit": "0" * 40}))
     with pytest.raises(UserError, match=r"plain-seed0 was begun at commit 0{40}, and this is "):
         run_here("raise AssertionError('this is not to be trained')\n")
     assert not (tmp_path / "plan.jsonl").exists()
-    begun.write_text(json.dumps({"commit": f"{commit().removesuffix('-dirty')}-dirty"}))
+    begun.write_text('{"commit": []}')
+    with pytest.raises(UserError, match=r"config.json has not the settings and classes of a run"):
+        run_here("raise AssertionError('this is not to be trained')\n")
+    begun.write_text(json.dumps({**known, "commit": f"{commit().removesuffix('-dirty')}-dirty"}))
     assert run_here("") == 0
 
 
@@ -334,7 +347,27 @@ def test_an_empty_line_where_one_was_removed_is_no_damage(tmp_path: Path) -> Non
     log.write_text("\n".join([json.dumps(a_line("a", 700)), "", json.dumps(a_line("b", 710)), ""]))
     assert trials.read_log(log) == [a_line("a", 700), a_line("b", 710)]
     log.write_text(json.dumps(a_line("a", 700)) + "\n" + json.dumps(a_line("b", 710))[:20])
-    with pytest.raises(UserError, match=r"plan.jsonl is damaged: mend or remove the line that"):
+    with pytest.raises(UserError, match=r"plan.jsonl, line 2 is damaged: mend or remove it"):
+        trials.read_log(log)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"variant": 5}, {"seed": None}, {"ended": []}, {"settings": ["a"]}, {"commit": 7}),
+        *({"images": 0}, {"train_s": "long"}, {"correct1": 10**400}, {"epochs": None}),
+        *({"epochs_train_s": [1, 2], "epochs_correct1": [1]}, {"epochs_train_s": 5}),
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_runs_is_named(tmp_path: Path, wrong: dict) -> None:
+    log = tmp_path / "plan.jsonl"
+    failed = {"variant": "a", "seed": 1, "ended": "failed with exit code 1", "epochs": 0}
+    whole = [a_line("a", 0), {**failed, "settings": {}}]
+    log.write_text("".join(json.dumps(line) + "\n" for line in whole))
+    assert trials.read_log(log) == whole
+    log.write_text(json.dumps(whole[1]) + "\n" + json.dumps({**a_line("a", 700), **wrong}))
+    with pytest.raises(UserError, match=r"plan.jsonl, line 2 is damaged: mend or remove it"):
         trials.read_log(log)
 
 
@@ -407,6 +440,14 @@ def test_single_runs_are_not_compared_as_if_their_spread_were_known() -> None:
     assert "| +10.00 |" in text
     assert "One run each: what differs may be the seed's doing." in text
     assert "No run has finished" in trials_table.table("Title", ["a"], [])
+
+
+def test_runs_with_other_validation_images_are_not_taken_for_alike() -> None:
+    lines = [a_line("a", 700), {**a_line("b|c", 350), "images": 500}]
+    text = trials_table.table("Title", ["a", "b|c"], lines)
+    assert "500 images); not all runs had the same ones" in text
+    assert "\n| b\\|c | 70.00 % | 1 |" in text  # one cell
+    assert "1,000 images); all variants share that." in trials_table.table("T", ["a"], lines[:1])
 
 
 def test_runs_of_a_variant_whose_settings_differ_are_told_with_both() -> None:

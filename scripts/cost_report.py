@@ -386,9 +386,11 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
     found["best top-1"] = "–" if best is None else f"{best:.2f} %"
     for percent in TOP1_PERCENT:
         reached = summary["usd_to_top1"].get(str(percent))
-        # Nothing was free: by then no start had a price that is known.
-        is_known = reached is not None and reached["usd"] > 0
-        text = f"{dollars(reached['usd'])} (epoch {reached['epoch']})" if is_known else "–"
+        text = "–"
+        if reached is not None:
+            # Nothing was free: by then no start had a price that is known.
+            usd = dollars(reached["usd"]) if reached["usd"] > 0 else "not known"
+            text = f"{usd} (epoch {reached['epoch']})"
         found[f"machine, to {percent} % top-1"] = text
     if summary["ended"] == UNKNOWN:  # what nobody wrote down is not 0
         hidden = ("without one", "starting up", "interruptions", "work done twice")

@@ -835,6 +835,28 @@ def test_a_budget_needs_a_price_that_is_known(
     assert same(told("--price-per-hour 5.7")) != same(told("--price-per-hour 5.8"))
 
 
+@pytest.mark.parametrize("has_git", [True, False])
+def test_a_data_set_in_the_repository_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_git: bool
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import machine
+
+    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
+    if has_git:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+        (tmp_path / ".gitignore").write_text("/data/\n")
+    (tmp_path / "trainer.py").write_text("# code\n")
+    for folder in ("data", "ILSVRC"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.tar").touch()
+    os.truncate(tmp_path / "data/train.tar", 10**9)
+    machine.check_repository()
+    os.truncate(tmp_path / "ILSVRC/train.tar", 2 * 10**9)
+    with pytest.raises(UserError, match=r"/ILSVRC has 2,000 MB, which would be sent to the mach"):
+        machine.check_repository()
+
+
 # ------------------------------------------------------------------------------ settings
 
 

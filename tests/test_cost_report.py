@@ -325,7 +325,9 @@ def test_a_run_without_a_price_has_its_hours(
     whole = record(folder)
     assert math.isclose(whole["usd"], 0.5)
     assert "no price was known, and the sums lack it" in whole["notes"][0]
-    assert "| machine, to 50 % top-1          | – " in (folder / "cost.md").read_text()
+    page = (folder / "cost.md").read_text()
+    assert "| machine, to 50 % top-1          | not known (epoch 2) " in page
+    assert "| machine, to 76 % top-1          | – " in page  # never reached
     assert (folder / "cost.png").exists()
     # A report without prices leaves no other one's picture.
     write_lines(folder, [{**line, "price_per_hour": 0.0} for line in LINES])

@@ -33,7 +33,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from cli import Aws, AwsError
-from machine import FOLDER, Machine
+from machine import FOLDER, Machine, check_repository
 from resources import (
     ALIVE,
     DATA_TAG,
@@ -337,6 +337,7 @@ def prepare(options: Prepare, aws: Aws) -> None:
         aws.change("ec2", "delete-snapshot", "--snapshot-id", snapshot["SnapshotId"])
         snapshot = None
     if snapshot is None:
+        check_repository()
         credentials = kaggle_credentials() if settings.data_set != "imagenette" else None
         if instance is None:
             disks_usd = gp3_month_usd(settings.archive_gb) / MONTH_H
@@ -422,6 +423,7 @@ def wait_for_snapshot(aws: Aws, snapshot: dict[str, Any]) -> None:
 def launch(options: Launch, aws: Aws) -> None:
     """Rent the GPU, unless that was done, and see to it that the trainer runs and will run."""
     settings = options.settings
+    check_repository()
     instance = only(find_instances(aws, settings, "train"), "training instances")
     if instance is None:
         if requests := find_spot_requests(aws, settings):

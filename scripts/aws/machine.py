@@ -1,5 +1,6 @@
 """A rented machine, through ssh: the code onto it, commands, files back."""
 
+import collections
 import contextlib
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from utils import FETCHED, UserError
 
 FOLDER = "resnet50"  # of the code, in the home of who logs in
 SSH_FAILED = 255  # ssh's own exit code, where the connection and not the command failed
+MOST_CODE_BYTES = 100e6
 BROKEN = "the connection broke: the same command again goes on"
 
 
@@ -178,6 +180,19 @@ class Machine:
             done = subprocess.run(self.command(unpack), stdin=archive)
         if done.returncode:
             raise UserError("the repository could not be sent: the same command again tries again")
+
+
+def check_repository() -> None:
+    """Raises UserError if there is more in this repository than its code, such as a data set."""
+    sizes: dict[str, int] = collections.Counter()
+    for name in _repository_files():
+        sizes[name.partition("/")[0]] += (REPOSITORY / name).stat().st_size
+    if sum(sizes.values()) > MOST_CODE_BYTES:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise UserError(
+            f"{REPOSITORY / largest} has {sizes[largest] / 1e6:,.0f} MB, which would be sent to "
+            "the machine with the code: move it out of the repository, or into its data/"
+        )
 
 
 def _repository_files() -> list[str]:

@@ -14,16 +14,19 @@ if [ ! -e "$device" ]; then
     echo "error: volume $volume is not attached to this instance: no $device" >&2
     exit 2
 fi
+# As after a formatting that was broken off.
+advice="if nothing there is to be kept, detach and delete it, and the same command makes another"
 # blkid ends with 2 where it knows nothing of what is on a device.
 status=0
 found=$(blkid --probe --output export "$device") || status=$?
 if [ "$status" = 2 ] && ! cmp -s --bytes=1048576 "$device" /dev/zero; then
-    echo "error: volume $volume holds something that is no file system: left as it is" >&2
+    echo "error: volume $volume holds something that is no file system: left as it is; $advice" >&2
     exit 2
 elif [ "$status" = 2 ]; then
     mkfs.ext4 -q -m 0 "$device"
 elif [ "$status" != 0 ] || ! grep -q ^USAGE=filesystem <<<"$found"; then
-    echo "error: volume $volume has no file system of its own (${found//$'\n'/, }): left as it is" >&2
+    echo "error: volume $volume has no file system of its own (${found//$'\n'/, }): left as it is;" \
+        "$advice" >&2
     exit 2
 fi
 mkdir -p "$folder"

@@ -163,7 +163,8 @@ def test_a_run_named_like_a_line_is_in_the_legend(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
-    rows = [make_row(1, val_top1=75.2), make_row(2, val_top1=75.294), make_row(3, val_top1=75.294)]
+    top1_percent = (75.2, 75.294, 75.294, 75.0)
+    rows = [make_row(epoch, val_top1=top1) for epoch, top1 in enumerate(top1_percent, start=1)]
     figure = draw({"a": read_curves(make_run(tmp_path, "a", rows))}, reference=False)
     _, top1, _, _ = figure.axes
     assert [text.get_text() for text in top1.get_legend().get_texts()] == ["best 75.29 % (epoch 2)"]

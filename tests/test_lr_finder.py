@@ -14,8 +14,8 @@ from conftest import make_images, run_stage_command
 from PIL import Image
 
 import lr_finder
-from trainer import TrainerOptions
-from utils import UserError, parse_options
+from trainer import TrainerOptions, take_max_lr
+from utils import Config, UserError, parse_options
 
 
 def valley(rates: list[float]) -> list[float]:
@@ -162,6 +162,10 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
     assert f"loss {losses[0]:.2f}" in first
     config = json.loads((folder / "config.json").read_text())["config"]
     assert config["max_lr"] == curve["suggested_max_lr"]
+
+    # Once begun, a run keeps its rate, whatever is found later.
+    begun = {"config": {"max_lr": 0.3}}
+    assert take_max_lr(Config(max_lr_from_finder=True), folder, begun).max_lr == 0.3
 
     # A rate that was found for other settings is not taken.
     folder.with_name("other").mkdir()

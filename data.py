@@ -46,7 +46,8 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
     is the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still covers `out` (libjpeg-turbo is
     slower at the others than at full size); then it is resized bilinearly, since averaging over
     areas takes up to six times as long for the little that is left to shrink. Whether a model
-    trains as well, scripts/benchmark_resize.py tells.
+    trains as well, scripts/benchmark_resize.py tells. What is no plain JPEG comes at full size, and
+    is averaged where it shrinks to half or less.
     """
     px = out.shape[0]
     data, size = encoded
@@ -70,11 +71,14 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
             bottom, right = round((top + crop_height) / scale), round((left + crop_width) / scale)
             top, left = round(top / scale), round(left / scale)
             crop_height, crop_width = bottom - top, right - left
+    method = RESIZE
+    if size is None and min(crop_height, crop_width) >= 2 * px:
+        method = cv2.INTER_AREA
     crop = picture[top : top + crop_height, left : left + crop_width]
     if mirrored and config.flip:
-        cv2.flip(cv2.resize(crop, (px, px), interpolation=RESIZE), 1, dst=out)
+        cv2.flip(cv2.resize(crop, (px, px), interpolation=method), 1, dst=out)
     else:
-        cv2.resize(crop, (px, px), dst=out, interpolation=RESIZE)
+        cv2.resize(crop, (px, px), dst=out, interpolation=method)
     augment.change_pixels(config, epoch, index, out)
 
 

@@ -36,7 +36,7 @@ from PIL import Image
 from zlib_ng import zlib_ng
 
 from store import Store, open_store
-from utils import Config, UserError, format_duration, log, write_atomically
+from utils import EXIT_FAILED, Config, UserError, format_duration, log, write_atomically
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -71,6 +71,12 @@ DAMAGED_INDEX = (
 )
 # How thoroughly a folder's files have been looked at.
 NOT_CHECKED, LOOKED_WHOLE, DECODED = 0, 1, 2
+# Errors of a disk, of a network's file system, of a limit, of memory.
+SYSTEM_ERRORS = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
+TELL_S = 10.0  # seconds between two lines about a check
 FINGERPRINT_IMAGES = 32  # whose checksums are a part of the fingerprint
 
 Encoded = tuple[bytes | memoryview, tuple[int, int] | None]  # a file, and its plain_jpeg_size
@@ -294,9 +300,10 @@ def _open_part(store: Store, part: str) -> ImageSet:
 
 def _is_copy(before: ImageSet, now: ImageSet) -> bool:
     """Whether a folder's names and mtimes are still those of its index."""
-    mtimes_ns = [[mtime_ns for mtime_ns, _ in each.class_times_ns] for each in (before, now)]
+    # In whole seconds, which is what tar keeps.
+    mtimes_s = [[mtime // 10**9 for mtime, _ in each.class_times_ns] for each in (before, now)]
     same_names = (before.classes, before.names) == (now.classes, now.names)
-    return same_names and mtimes_ns[0] == mtimes_ns[1]
+    return same_names and mtimes_s[0] == mtimes_s[1]
 
 
 def read_index(folder: Path, outdated: bool = False) -> ImageSet | None:
@@ -393,6 +400,11 @@ def _is_class_folder(entry: os.DirEntry) -> bool:
 
 def check_same_classes(train: ImageSet, val: ImageSet) -> None:
     """Refuse folders whose classes differ: labels are positions, so all later ones would shift."""
+    if train.store is None and train.folder.resolve() == val.folder.resolve():
+        raise UserError(
+            f"{train.folder} is named for training and for validation: its accuracy would be that "
+            "of images that were learnt; name the folder of the others"
+        )
     if train.classes == val.classes:
         return
     complaints = []
@@ -422,17 +434,38 @@ def find_bad_images(image_set: ImageSet, workers: int, decode_all: bool) -> dict
             try:
                 if decode_all or not _looks_whole(path):
                     decode(bytes(image_set.read(index)[0]))
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
+                if fault := system_fault(path, error):
+                    raise UserError(fault, EXIT_FAILED) from None
                 bad[image_set.file(index)] = str(error)
         return bad
 
     block = 100  # files a task: a task for each would take a gigabyte for ImageNet
     pool = ThreadPoolExecutor(max(1, workers), "check")
     try:
-        blocks = pool.map(check, range(0, len(image_set), block))
-        return {file: reason for bad in blocks for file, reason in bad.items()}
+        found: dict[str, str] = {}
+        told_at = time.monotonic()
+        for number, bad in enumerate(pool.map(check, range(0, len(image_set), block))):
+            found.update(bad)
+            if time.monotonic() - told_at > TELL_S:
+                told_at = time.monotonic()
+                done = min((number + 1) * block, len(image_set))
+                log.info("checked %s of %s", f"{done:,}", f"{len(image_set):,}")
+        return found
     finally:
         pool.shutdown(cancel_futures=True)  # a user who interrupts waits for no further file
+
+
+def system_fault(place: object, error: object) -> str:
+    """What to say where a picture was not read for a reason that is not its own; else nothing."""
+    if isinstance(error, MemoryError):
+        return f"{place} takes more memory than there is: use fewer --workers, or a larger machine"
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        return (
+            f"{place} was not read ({error.strerror}), which is the disk's or the system's fault: "
+            "mend that, and give the same command again"
+        )
+    return ""
 
 
 def _looks_whole(path: Path) -> bool:

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from zlib_ng import zlib_ng  # its CRC-32 takes half a microsecond for 40 kB, zlib's 7 or far more
 
-from utils import UserError, log, write_atomically
+from utils import UserError, check_writable, log, write_atomically
 
 FORMAT = "resnet50 picture store"
 VERSION = 1
@@ -66,6 +66,7 @@ _EXTRA = struct.Struct("<2H2HB")
 _EXTRA_ID = 0x4E52
 
 _FIRST = "index/packing.json"
+PARTIAL = ".partial"  # what the name of a store that is being packed ends with
 _AGAIN = "copy it again, or remove it and pack it again with `python3 scripts/prepare_data.py pack`"
 
 
@@ -169,6 +170,10 @@ def open_store(path: Path) -> Store:
             )
         return _open_index(path, mapping, comment)
     except (ValueError, KeyError, TypeError) as error:
+        if str(path).endswith(PARTIAL):
+            raise UserError(
+                f"{path} is not finished: the command that began to pack it goes on with it"
+            ) from None
         raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from None
 
 
@@ -247,6 +252,25 @@ def _json(value: object) -> bytes:
 # ------------------------------------------------------------------------------ writing
 
 
+def partial_of(path: Path) -> Path:
+    """Where a store lies while it is being packed."""
+    return path.with_name(f"{path.name}{PARTIAL}")
+
+
+def check_place(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError where no store can be written, or one was begun with other settings.
+
+    Writes nothing, and reads no picture of what was begun.
+    """
+    check_writable(path.parent, "STORE")
+    partial, beginning = partial_of(path), _beginning(settings)
+    if partial.exists():
+        with open(partial, "rb") as file:
+            head = file.read(4096)
+        if not beginning.startswith(head[: len(beginning)]):
+            raise UserError(_other_beginning(partial, head))
+
+
 class StoreWriter:
     """Writes a store, picture by picture, into STORE.partial, which `finish` renames to STORE.
 
@@ -258,7 +282,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.partial = partial_of(self.path)
         self.settings = dict(settings)
         self.reencoded = 0
         self._entries: dict[str, int] = {}  # positions in the file of each "train/class/name"
@@ -436,8 +460,7 @@ class StoreWriter:
 
     def _continue(self) -> None:
         """Go to the end of what STORE.partial holds, or begin it."""
-        first = _packing_json(self.settings)
-        beginning = _local_header(_FIRST, len(first), zlib_ng.crc32(first)) + first
+        beginning = _beginning(self.settings)
         size = os.fstat(self._file.fileno()).st_size
         with open(self.partial, "rb", buffering=1 << 20) as file:
             found = file.read(len(beginning))
@@ -511,6 +534,11 @@ class StoreWriter:
 
 def _packing_json(settings: Mapping[str, Any]) -> bytes:
     return _json({"format": FORMAT, "version": VERSION, "settings": dict(settings)}) + b"\n"
+
+
+def _beginning(settings: Mapping[str, Any]) -> bytes:
+    first = _packing_json(settings)
+    return _local_header(_FIRST, len(first), zlib_ng.crc32(first)) + first
 
 
 def _flags(name: bytes) -> int:

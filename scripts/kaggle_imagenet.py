@@ -221,9 +221,10 @@ def find_archive(archive: Archive, folder: Path) -> Path | None:
 
     Raises UserError if it is there but is no archive, or is cut short and cannot be continued.
     """
-    for path in sorted(folder.glob(f"{archive.slug}.*")):
-        if not path.name.endswith(ARCHIVE_ENDINGS) or _marker(path).exists() or not path.is_file():
-            continue  # a marker, a checksum, or half an archive
+    for ending in ARCHIVE_ENDINGS:
+        path = folder / f"{archive.slug}{ending}"
+        if not path.is_file() or _marker(path).exists():
+            continue  # not there, or half of it
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\3\4"
         with contextlib.suppress(EOFError):  # a tar.gz that is nearly empty
@@ -242,8 +243,9 @@ def _marker(path: Path) -> Path:
 
 def _half_finished(archive: Archive, folder: Path) -> tuple[Path | None, int, int]:
     """A half-finished archive, its size so far and at the end; 0 for what is not known."""
-    for marker in folder.glob(f"{archive.slug}.*{MARKER}"):
-        path = marker.with_name(marker.name.removesuffix(MARKER))
+    for ending in ARCHIVE_ENDINGS:
+        path = folder / f"{archive.slug}{ending}"
+        marker = _marker(path)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return path, path.stat().st_size, int(json.loads(marker.read_text())["size"] or 0)
     return None, 0, 0
@@ -584,10 +586,15 @@ def _remove_archives(data_set: DataSet, folder: Path, store_path: Path) -> None:
         return
     log.info("comparing %s with its SHA-256 before the archive is removed", store_path)
     sums = store_path.with_name(f"{store_path.name}.sha256")
-    expected = sums.read_text().split()[0] if sums.exists() else ""
+    expected = sums.read_text().split() if sums.exists() else []
+    if not expected:
+        raise UserError(
+            f"{sums}, which the store is compared with, is missing or empty, so nothing was "
+            "removed: bring it back, or remove the archive yourself"
+        )
     with open(store_path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected:
+    if digest != expected[0]:
         raise UserError(
             f"{store_path} is not what {sums} says, so nothing was removed: remove the store, and "
             "the same command packs it again"

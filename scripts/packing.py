@@ -33,8 +33,8 @@ from zlib_ng import zlib_ng
 import image_files
 import tiled_jpeg
 from interruption import note_signals
-from store import PARTS, Store, StoreWriter, open_store
-from utils import EXIT_INTERRUPTED, UserError, format_duration, log
+from store import PARTS, Store, StoreWriter, check_place, open_store
+from utils import EXIT_FAILED, EXIT_INTERRUPTED, UserError, format_duration, log
 
 LABELS_FILE = "LOC_val_solution.csv"
 LOG_INTERVAL_S = 10.0
@@ -381,9 +381,16 @@ def read_labels(source: Source, path: Path | None) -> dict[str, str]:
         raise UserError(f"no file {path}: name a {LABELS_FILE} with --val-labels")
     try:
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
-        labels = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        pairs = [(row["ImageId"], row["PredictionString"].split()[0]) for row in rows]
     except (ValueError, KeyError, IndexError, AttributeError, csv.Error):
-        labels = {}
+        pairs = []
+    labels = dict(pairs)
+    for name, class_ in pairs:
+        if labels[name] != class_:
+            raise UserError(
+                f"{place} says of {name} that it is {class_} and that it is {labels[name]}: "
+                "download it again"
+            )
     # A class becomes a folder's name.
     if not labels or any("/" in class_ or class_.startswith(".") for class_ in labels.values()):
         raise UserError(
@@ -496,12 +503,14 @@ def add_pictures(
                 results.append((entry, prepare(read, *settings)))
                 if complaint := image_files.take_complaint():
                     log.info("perhaps damaged, but packed: %s (%s)", entry, complaint)
-            except (ValueError, OSError, cv2.error) as error:
+            except (ValueError, OSError, MemoryError, cv2.error) as error:
                 results.append((entry, error))
         return results
 
     def write_oldest() -> None:
         for entry, result in underway.popleft().result():
+            if fault := image_files.system_fault(entry, result):
+                raise UserError(f"{fault}, which goes on from {writer.partial}", EXIT_FAILED)
             if entry in writer:
                 if isinstance(result, Exception) or zlib_ng.crc32(result[0]) != writer.crc(entry):
                     raise UserError(
@@ -554,10 +563,13 @@ def pack(
 
     Raises UserError for whatever a person can mend.
     """
+    if store_path.is_dir():
+        raise UserError(f"STORE {store_path} is a folder: name a file")
     if store_path.exists():
         settings = check_settings(open_store(store_path), max_side, quality)
         log.info("%s is finished already (%s): nothing to do", store_path, settings)
         return
+    check_place(store_path, {"max_side": max_side, "quality": quality})
     source = open_source(source_path)
     entries, members = list_pictures(source, val_labels)
     pack_pictures(source, entries, members, store_path, max_side, quality, workers, skip_bad_images)
@@ -604,7 +616,8 @@ def pack_pictures(
             raise UserError(
                 f"{len(bad):,} of {len(entries):,} pictures cannot be read, listed above, the "
                 f"first {bad[0][0]} ({bad[0][1]}): mend them or leave them out with "
-                f"--skip-bad-images; the same command goes on from {writer.partial}"
+                f"--skip-bad-images; the same command goes on from {writer.partial}, and does not "
+                "read again what that has: to mend a picture in there too, remove it"
             )
         _check_emptied(entries, bad)
         digest = writer.finish(bad)

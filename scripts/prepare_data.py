@@ -183,6 +183,22 @@ def imagenette(folder: Path, size: str) -> None:
     shutil.rmtree(unpacked)
 
 
+def _check_classes(folder: Path, options: "DigitsOptions | ImagenetteOptions") -> None:
+    """Refuse a folder that holds another data set than the one that is asked for."""
+    if isinstance(options, DigitsOptions):
+        title, classes = "the digits", {str(digit) for digit in range(10)}
+    else:
+        from torchvision.datasets import Imagenette
+
+        title, classes = "Imagenette", set(Imagenette._WNID_TO_CLASS)
+    others = {path.name for path in (folder / "train").glob("*/")} - classes
+    if others:
+        raise UserError(
+            f"{folder} holds other classes than {title}, such as {min(others)}: name a folder that "
+            "does not exist yet"
+        )
+
+
 def count_images(folder: Path) -> dict[str, int]:
     """Files per part of a data set."""
     return {part: len(list((folder / part).glob("*/*"))) for part in ("train", "val")}
@@ -290,7 +306,10 @@ def main() -> None:
         verify(options)
         return
     folder = options.dir
-    if not all(count_images(folder).values()):
+    if all(count_images(folder).values()):
+        _check_classes(folder, options)
+        log.info("%s is there already", folder)
+    else:
         if folder.exists():
             raise UserError(
                 f"{folder} is there, but train/ or val/ in it holds no images: name a folder that "

@@ -82,6 +82,11 @@ class Part:
             if before.get(file, crc) != crc and index not in self.bad
         ]
 
+    def gone(self) -> list[str]:
+        """Paths of pictures that the folder's index held and the folder holds no more."""
+        before = () if self.before is None else self.before.files
+        return [str(self.images.folder / file) for file in sorted({*before} - {*self.images.files})]
+
 
 # ------------------------------------------------------------------------------ one picture
 
@@ -360,6 +365,8 @@ def verify(folder: Path, output: Path | None, workers: int) -> None:
     for part in parts.values():
         for kind, paths in part.notes.items():
             notes.setdefault(kind, []).extend(paths)
+        if gone := part.gone():
+            notes.setdefault("no longer there since the last verification", []).extend(gone)
         strange = left_aside(part.images) if part.images.store is None else []
         if strange:
             notes.setdefault("left aside, no picture of a class", []).extend(strange)

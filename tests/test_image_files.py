@@ -1,6 +1,7 @@
 """image_files.py: which images there are, and what each shows; on files made here."""
 
 import dataclasses
+import errno
 import io
 import os
 import random
@@ -343,6 +344,42 @@ def test_classes_that_differ_are_named(tmp_path: Path) -> None:
     many = set_of("many", *(f"n{number:02d}" for number in range(9)))
     with pytest.raises(UserError, match=r"n00, n01, n02, n03, n04, … are missing under .*train"):
         image_files.check_same_classes(train, many)
+
+
+def test_one_folder_for_training_and_validation_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path / "train", {"a/1.jpg": b"", "b/1.jpg": b""})
+    (tmp_path / "val").symlink_to("train")
+    sets = [image_files.open_image_set(str(tmp_path / part), part) for part in ("train", "val")]
+    for val in sets:
+        with pytest.raises(UserError, match="is named for training and for validation: its acc"):
+            image_files.check_same_classes(sets[0], val)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
+def test_what_is_not_a_files_fault_skips_none(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Image.new("RGB", (20, 20))
+    images = write_set(tmp_path, {"a/1.jpg": jpeg(small), "b/1.jpg": b"x"})
+    assert list(image_files.find_bad_images(images, 1, decode_all=True)) == ["b/1.jpg"]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(image_files, "decode", fail)
+    with pytest.raises(UserError, match=r"a/1.jpg (was not read .Stale|takes more memory)"):
+        image_files.find_bad_images(images, 1, decode_all=True)
+
+
+def test_a_long_check_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = jpeg(Image.new("RGB", (20, 20)))
+    images = write_set(tmp_path, {f"a/{number}.jpg": content for number in range(250)})
+    monkeypatch.setattr(image_files, "TELL_S", -1.0)
+    caplog.set_level("INFO", "resnet50")
+    assert image_files.find_bad_images(images, 2, decode_all=False) == {}
+    assert caplog.messages == [f"checked {done} of 250" for done in (100, 200, 250)]
 
 
 def test_a_set_without_some_files(tmp_path: Path) -> None:

@@ -316,9 +316,19 @@ def test_from_nothing_to_a_store(kaggle: Kaggle, home: Path, folder: Path) -> No
     assert "imagenet.store.sha256 says, so nothing was removed" in line
     assert archive.exists()
     (folder / "imagenet.store").write_bytes(damaged)
+    sums = folder / "imagenet.store.sha256"
+    kept = sums.read_bytes()
+    for lost in (sums.unlink, lambda: sums.write_bytes(b"")):
+        lost()
+        line = error_line(prepare(kaggle, home, *again, "--remove-archive"))
+        assert "imagenet.store.sha256, which the store is compared with, is missing or em" in line
+        assert archive.exists()
+    sums.write_bytes(kept)
+    own = folder / f"{SLUG}.old.zip"  # the user's
+    own.write_bytes(archive.read_bytes())
     said = succeeded(prepare(kaggle, home, *again, "--remove-archive"))
     assert f"removed {archive}, {size}\n" in said
-    assert not archive.exists() and kaggle.log == []
+    assert not archive.exists() and own.exists() and kaggle.log == []
 
 
 def test_steps_alone(kaggle: Kaggle, home: Path, folder: Path) -> None:

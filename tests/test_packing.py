@@ -1,8 +1,10 @@
 """scripts/packing.py through the real command: sources, labels, pictures, and how it goes on."""
 
+import errno
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import resource
@@ -20,8 +22,13 @@ import simplejpeg
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
 from PIL import Image
 
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+import packing
+
 import image_files
 import store
+from utils import UserError
 
 SCRIPT = REPOSITORY / "scripts" / "prepare_data.py"
 KAGGLE = "ILSVRC/Data/CLS-LOC"
@@ -229,6 +236,13 @@ BAD_LABELS: dict[str, tuple[dict[str, bytes], list[str]]] = {
         {**TREE, "LOC_val_solution.csv": b"image;class\n1;2\n"},
         ["LOC_val_solution.csv in", "needs the columns ImageId and PredictionString"],
     ),
+    "a CSV that says two things of one picture": (
+        {
+            **TREE,
+            "LOC_val_solution.csv": TREE["LOC_val_solution.csv"] + b"ILSVRC2012_val_00000001,n01 1",
+        },
+        ["says of ILSVRC2012_val_00000001 that it is n02 and that it is n01: download it again"],
+    ),
     "a class that val lacks": (
         {**SMALL, "train/c/1.jpg": picture(1), "train/d/1.jpg": picture(1)},
         ["4 classes under train/ and 2 under val/: c, d missing under val/"],
@@ -367,6 +381,8 @@ def test_a_file_in_the_stores_place_is_left_alone(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is no store of pictures" in done.stderr
     assert (tmp_path / "store").read_bytes() == b"somebody's notes"
+    done = pack(source, source)
+    assert done.returncode == 2 and f"STORE {source} is a folder: name a file" in done.stderr
 
 
 # ------------------------------------------------------------------------------ bad pictures
@@ -389,7 +405,10 @@ def test_bad_pictures_are_listed_and_then_mended_or_left_out(tmp_path: Path) -> 
         assert f"cannot be read: {name} (" in line and reason in line
     assert done.stderr.startswith("error: 3 of 7 pictures cannot be read, listed above, the first ")
     assert done.stderr.count("\n") == 1 and "--skip-bad-images" in done.stderr
-    assert not path.exists() and (tmp_path / "store.partial").exists()
+    partial = tmp_path / "store.partial"
+    assert not path.exists() and partial.exists()
+    with pytest.raises(UserError, match=r"store\.partial is not finished: the command that began"):
+        store.open_store(partial)
 
     done = pack(source, path, "--skip-bad-images")
     assert done.returncode == 0, done.stderr
@@ -399,6 +418,47 @@ def test_bad_pictures_are_listed_and_then_mended_or_left_out(tmp_path: Path) -> 
     assert [entry for entry, _ in opened.info["skipped"]] == list(bad)
     pack(source, tmp_path / "at once", "--skip-bad-images")
     assert sha256(tmp_path / "at once") == sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "was not read (Input/output error), which is"),
+        (MemoryError(), "takes more memory than there is: use fewer --workers"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_what_is_not_the_pictures_fault_leaves_none_out(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = make_source(tmp_path / "source", SMALL), tmp_path / "store"
+    options = (400, 90, 2, None, True)  # True: skip what is bad
+
+    def prepare_but_one(read: packing.Read, *settings: int) -> packing.Prepared:
+        if next(count) == 2:
+            raise error
+        return prepare(read, *settings)
+
+    prepare, count = packing.prepare, itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "prepare", prepare_but_one)
+        with pytest.raises(UserError, match=re.escape(said)) as told:
+            packing.pack(source, path, *options)
+    assert told.value.exit_code == 1 and "goes on from" in str(told.value)
+    assert not path.exists()
+    packing.pack(source, path, *options)
+    assert entries(store.open_store(path)) == list(SMALL)
+
+
+def test_a_store_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.tar").write_bytes(b"x")
+    blocked = tmp_path / "broken.tar/store"
+    done = pack(tmp_path / "broken.tar", blocked)
+    assert done.returncode == 2
+    assert f"cannot write to {blocked.parent}: Not a directory: choose another STORE" in done.stderr
+    (tmp_path / "store.partial").write_bytes(b"notes")
+    done = pack(tmp_path / "broken.tar", tmp_path / "store")
+    assert "store.partial is something else than a store being packed" in done.stderr
 
 
 def test_a_class_of_bad_pictures_alone_cannot_be_left_out(tmp_path: Path) -> None:

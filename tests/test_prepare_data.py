@@ -91,8 +91,11 @@ def test_a_second_run_changes_nothing(digits: Path) -> None:
     before = files_in(digits)
     done = prepare("digits", digits)
     assert (done.returncode, done.stderr) == (0, "")
-    assert DONE in done.stdout
+    assert f"{digits} is there already\n" in done.stdout and DONE in done.stdout
     assert files_in(digits) == before
+    other = prepare("imagenette", digits)
+    assert other.returncode == 2
+    assert "holds other classes than Imagenette, such as 0: name a folder that" in other.stderr
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:

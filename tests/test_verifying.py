@@ -523,6 +523,33 @@ def test_a_copy_keeps_the_checksums_of_the_same_names(tmp_path: Path) -> None:
     assert opened.file(0) == "class_0/other.jpg" and opened.crcs is None
 
 
+def test_a_copy_by_tar_keeps_the_checksums_too(tmp_path: Path) -> None:
+    """It keeps times in whole seconds."""
+    make_images(tmp_path / "set", classes=2, images=3)
+    settled(tmp_path / "set")
+    assert verify(tmp_path / "set").returncode == 0
+    (tmp_path / "copy").mkdir()
+    command = "tar cf - -C set . | tar xf - -C copy"
+    subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, check=True)
+    opened = image_files.open_image_set(str(tmp_path / "copy/train"), "train")
+    assert opened.checked == image_files.DECODED and opened.crcs is not None
+
+
+def test_pictures_that_have_gone_or_moved_since_are_noted(tmp_path: Path) -> None:
+    make_images(tmp_path, classes=2, images=3)
+    settled(tmp_path)
+    assert verify(tmp_path).returncode == 0
+    train = tmp_path / "train"
+    (train / "class_0/train_0.jpg").unlink()
+    (train / "class_0/train_1.jpg").rename(train / "class_1/moved.jpg")
+    settled(tmp_path)
+    done = verify(tmp_path)
+    assert done.returncode == 0, done.stderr
+    gone = ", ".join(str(train / f"class_0/train_{number}.jpg") for number in (0, 1))
+    assert f"noted: no longer there since the last verification: 2 ({gone})\n" in done.stdout
+    assert "no longer there" not in verify(tmp_path).stdout  # what is there now was verified
+
+
 def test_checksums_outlive_a_start_after_files_were_added(tmp_path: Path) -> None:
     make_images(tmp_path, classes=2, images=3)
     settled(tmp_path)

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 from matplotlib.ticker import PercentFormatter
 
 from plot_metrics import COLOURS, STYLE
@@ -23,6 +25,8 @@ TOLD = 5  # classes and pairs on the screen
 NAMED_CLASSES = 25  # up to so many, each has its bar
 WORST_CLASSES = 12  # have one where there are more
 COLUMNS = 6  # of the contact sheet
+SIDE = 2.4  # of a picture there, in inches
+NAMES_SIZE = 11.5  # of the letters below it, in points
 RIGHT, WRONG = COLOURS[2], COLOURS[1]
 
 # A class name in a script that matplotlib's font lacks is drawn as boxes.
@@ -253,7 +257,7 @@ def draw_reliability(panel: Axes, found: dict[str, Any]) -> None:
         marker="o",
         markersize=6,
         linewidth=1.5,
-        label="mean confidence",
+        label="accuracy at the mean confidence",
     )
     panel.set(xlim=(0, 100), ylim=(0, 118), ylabel="accuracy", xlabel="confidence")
     panel.set_yticks(range(0, 101, 20))
@@ -319,7 +323,7 @@ def draw_worst(shown: Sequence[Shown]) -> Figure:
     rcParams.update(STYLE)
     columns = min(COLUMNS, max(3, len(shown)))  # three are as wide as the title
     rows = math.ceil(len(shown) / columns)
-    side, text, gap, head = 2.4, 1.25, 0.2, 0.6  # inches
+    side, text, gap, head = SIDE, 1.25, 0.2, 0.6  # inches
     width, height = columns * (side + gap) + gap, rows * (side + text) + head
     figure = Figure(figsize=(width, height), dpi=150)
     title = "the highest losses, and the pictures as the model saw them"
@@ -344,7 +348,7 @@ def draw_worst(shown: Sequence[Shown]) -> Figure:
                 (bottom - 0.08 - 0.21 * number) / height,
                 line,
                 color=its_colour,
-                fontsize=11.5,
+                fontsize=NAMES_SIZE,
                 va="top",
                 parse_math=False,
             )
@@ -353,7 +357,19 @@ def draw_worst(shown: Sequence[Shown]) -> Figure:
 
 def wrapped(text: str) -> list[str]:
     """A text in at most two lines of the width of a picture."""
-    return textwrap.wrap(text, 27, max_lines=2, placeholder=" …")
+    for letters in range(27, 5, -1):
+        lines = textwrap.wrap(text, letters)
+        if len(lines) > 2:
+            lines = [lines[0], f"{lines[1][: letters - 2].rstrip()} …"]
+        if all(width_points(line) <= 72 * SIDE for line in lines):
+            break
+    return lines
+
+
+def width_points(line: str) -> float:
+    """The width of a line of the contact sheet, in points."""
+    font = FontProperties(size=NAMES_SIZE)
+    return TextToPath().get_text_width_height_descent(line, font, ismath=False)[0]
 
 
 def draw_sizes(model: str, rows: Sequence[dict[str, Any]]) -> Figure:

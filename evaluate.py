@@ -117,6 +117,8 @@ class Subject(NamedTuple):
 def find_run(options: EvaluationOptions) -> Path | None:
     """The run's folder; None where none is named and --model lies in no run's."""
     if options.model is not None:
+        if options.weights == "last":
+            raise UserError("--weights last and --model are two models: give one of them")
         if not options.model.is_file():
             raise UserError(f"no file {options.model}: --model takes a file")
         evaluated_model.kind_of(options.model)  # refuses what is no model

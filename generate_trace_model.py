@@ -27,7 +27,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -372,7 +371,7 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
     row = rows[-1] if weights == "last" else max(rows, key=lambda row: row["val_top1"])
     path = folder / "result.json"
     result = read_json(path)
-    if weights == "best" and result is not None:
+    if result is not None:
         if not isinstance(result, dict) or not all(is_number(result.get(name)) for name in fields):
             raise UserError(f"{path} lacks an epoch or its accuracy: bring back a copy")
         if result["epoch"] == row["epoch"]:
@@ -383,7 +382,10 @@ def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:
 def write_export(
     folder: Path, exports: dict[str, Export], metadata: dict[str, Any], examples: Sequence[Example]
 ) -> None:
-    """Write the models, model.json and examples/ into a folder, in place of an earlier export."""
+    """Write the models, model.json and examples/ into a folder, in place of an earlier export.
+
+    Pictures that somebody has put into examples/ stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     described = {
         kind: {
@@ -399,8 +401,10 @@ def write_export(
     files = [export.file for export in exports.values()]
     for other in {"model.pt", "model.pt2", "model.onnx"} - set(files):
         (folder / other).unlink(missing_ok=True)
-    shutil.rmtree(folder / "examples", ignore_errors=True)
-    (folder / "examples").mkdir()
+    (folder / "examples").mkdir(exist_ok=True)
+    for path in (folder / "examples").iterdir():
+        if re.fullmatch(r"\d{4}\.[a-z0-9]+", path.name):  # as first_example names them
+            path.unlink()
     for example in examples:
         (folder / "examples" / example.file_name).write_bytes(example.content)
     print(f"wrote {folder / files[0]}, {', '.join([*files[1:], 'model.json'])} and examples/")

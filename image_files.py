@@ -35,7 +35,7 @@ import simplejpeg
 from PIL import Image
 from zlib_ng import zlib_ng
 
-from store import Store, open_store
+from store import PARTS, Store, open_store
 from utils import EXIT_FAILED, Config, UserError, format_duration, log, write_atomically
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -249,6 +249,9 @@ def open_image_set(folder_name: str, part: str) -> ImageSet:
                     folder,
                 )
     empty = image_set.empty_classes()
+    for name in PARTS:
+        if name in empty and _class_folders(folder / name)[0]:
+            raise UserError(f"{folder} has no class folders of its own: name {folder / part}")
     if empty:
         raise UserError(
             f"class folder {folder / empty[0]} holds no image (such as a .jpg or .png): fill it or "

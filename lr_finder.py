@@ -29,6 +29,7 @@ import distributed
 import engine
 import image_files
 import preflight
+from plot_metrics import shortened
 from utils import (
     Config,
     ConfigOptions,
@@ -182,7 +183,8 @@ def draw(
     axes.set_ylim(low - 0.2 * (high - low), high + 0.4 * (high - low))
     axes.set_xlabel("learning rate", fontsize=13)
     axes.set_ylabel("training loss", fontsize=13)
-    axes.set_title(f"LR range test of {config.name} (batch size {config.batch_size})", fontsize=14)
+    title = f"LR range test of {shortened(config.name)}\nbatch size {config.batch_size}"
+    axes.set_title(title, fontsize=14, parse_math=False)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=12)

@@ -104,10 +104,13 @@ def main() -> None:
         print(f"plotting the most recent run: {names[0]}")
     if len(names) > len(COLOURS):
         raise UserError(f"{len(names)} runs in one picture: only {len(COLOURS)} have a colour each")
+    output = options.output
+    if output is not None and not output.is_dir() and output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: the picture is a PNG, so name it something.png")
     folders = {name: run_folder(options.runs_folder, name) for name in names}
     runs = {name: read_curves(folder) for name, folder in folders.items()}
     file_name = "training_metrics.png" if len(runs) == 1 else "comparison.png"
-    output = options.output or folders[names[0]] / file_name
+    output = output or folders[names[0]] / file_name
     write_png(draw(runs, options.reference), output)
     print(output)
 
@@ -177,7 +180,7 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
     title = f"{name}: best top-1 {top1:.2f} %"
     if len(runs) > 1:
         title = f"{len(runs)} runs: best top-1 {top1:.2f} % ({name})"
-    figure.suptitle(title, fontsize=16)
+    figure.suptitle(title, fontsize=16, parse_math=False)
     return figure
 
 
@@ -190,7 +193,9 @@ def name_below(figure: Figure, handles: list[Artist]) -> None:
     """A legend below the panels, in as many columns as fit side by side: about 120 letters."""
     widest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, 120 // (widest + 6))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    for text in legend.get_texts():  # of a folder that may be called anything
+        text.set_parse_math(False)
 
 
 def mark_best(panel: Axes, curves: Curves, quantity: str, style: dict[str, Any]) -> None:

@@ -37,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "gradio_deploy"))
 import classifier
 import decoder
 
+HEIC = (".heic", ".heif")
+
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions:
@@ -72,13 +74,15 @@ def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        for file in sorted(
-            Path(folder, name)
-            for folder, _, names in os.walk(path, onerror=give_up)
-            for name in names
-        ):
-            is_picture = endings.get(file.suffix.lower()) in decoder.PICTURE_FORMATS
-            if is_picture and not file.name.startswith(".") and not file.is_fifo():
+        found = []
+        for folder, inside, names in os.walk(path, onerror=give_up):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        for file in sorted(found):
+            suffix = file.suffix.lower()
+            # An iPhone's photos are refused with what to do.
+            is_picture = suffix in HEIC or endings.get(suffix) in decoder.PICTURE_FORMATS
+            if is_picture and not file.is_fifo():
                 yield file
 
 

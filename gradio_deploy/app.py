@@ -15,6 +15,7 @@ code 2.
 import contextlib
 import os
 import re
+import signal
 import stat
 import sys
 import tempfile
@@ -393,6 +394,8 @@ def main() -> None:
     theme = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
     # Gradio serves a clicked example only from the current folder or an allowed one.
     examples = str(FOLDER / "examples")
+    # Ended as by Ctrl-C, it deletes what visitors have sent.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     page.launch(
         theme=theme,
         css=CSS,

@@ -461,7 +461,9 @@ def draw(name: str, summary: dict[str, Any]) -> Figure:
     axes.set(ylabel="validation top-1 (%)", ylim=(0, 1.08 * max(p["val_top1"] for p in points)))
     name_below(figure, handles)
     so_far = " so far" * (summary["ended"] not in (sessions.FINISHED, UNKNOWN))
-    figure.suptitle(f"{shortened(name)}: {dollars(summary['usd'])}{so_far}", fontsize=16)
+    figure.suptitle(
+        f"{shortened(name)}: {dollars(summary['usd'])}{so_far}", fontsize=16, parse_math=False
+    )
     return figure
 
 

@@ -62,6 +62,7 @@ from utils import (
     write_atomically,
 )
 
+IMAGENETTE_CLASSES = 10
 IMAGENET_IMAGES = 1_281_167, 50_000  # of training and of validation
 
 
@@ -167,7 +168,7 @@ def data_name(config: Config, classes: list[str], row: dict[str, Any]) -> str:
     labels = human_names(tuple(classes))
     named = zip(labels, classes, strict=True)
     if all(is_wordnet_id(name) and label != name for label, name in named):
-        return "Imagenette"
+        return "Imagenette" if len(classes) == IMAGENETTE_CLASSES else "a part of Imagenette"
     if config.train_folder_name == RECIPES["quickstart"].config.train_folder_name:
         return "scikit-learn's handwritten digits"
     return "a data set of its own"
@@ -234,8 +235,10 @@ def card_head(name: str, data: str, accuracy: dict[str, Any], blurpool: bool) ->
 def results_section(folder: Path, config: Config, weights: str, accuracy: dict[str, Any]) -> str:
     """The measured accuracy, how it was measured, and the curves."""
     result = read_json(folder / "result.json") or {}
-    if weights == "best" and result.get("epoch") == accuracy["epoch"]:
+    curves = ""
+    if result.get("epoch") == accuracy["epoch"]:
         protocol = result.get("protocol", "not recorded")
+        curves = " The curves have the validation after each epoch, in the training's arithmetic."
     else:
         protocol = (
             f"shorter side to {config.val_resize_px} px, centre crop {config.val_px} px, one view, "
@@ -246,7 +249,7 @@ def results_section(folder: Path, config: Config, weights: str, accuracy: dict[s
         "## Results\n\n| validation images | top-1 | top-5 |\n|---|---|---|\n"
         f"| {accuracy['val_images']:,} | {accuracy['val_top1']:.2f} % | "
         f"{accuracy['val_top5']:.2f} % |\n\n"
-        f"Protocol: {protocol}.{chosen}\n\n"
+        f"Protocol: {protocol}.{chosen}{curves}\n\n"
         "![Loss, accuracy and learning rate](training_metrics.png)"
     )
 
@@ -279,7 +282,9 @@ prepare = transforms.Compose([
 model = torchvision.models.resnet50(num_classes={len(classes)}).eval()
 {BLUR * config.blurpool}weights = hf_hub_download("{repo}", "model.safetensors")
 model.load_state_dict(safetensors.torch.load_file(weights))
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+white = Image.new("RGBA", photo.size, "white")  # behind what is transparent
+photo = Image.alpha_composite(white, photo).convert("RGB")
 logits = model(prepare(photo)[None])
 about = json.load(open(hf_hub_download("{repo}", "config.json")))
 name = about["label_names"][logits.argmax().item()]
@@ -295,7 +300,9 @@ from PIL import Image, ImageOps
 
 model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+white = Image.new("RGBA", photo.size, "white")  # behind what is transparent
+photo = Image.alpha_composite(white, photo).convert("RGB")
 logits = model(prepare(photo)[None])
 print(model.pretrained_cfg["label_names"][logits.argmax().item()])
 """

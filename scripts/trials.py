@@ -371,6 +371,8 @@ def choose(path: Path, plan: dict[str, Config], names: tuple[str, ...]) -> dict[
 def main() -> None:
     """Train what is missing, then make the table."""
     options = parse_options(TrialOptions, __doc__)
+    if options.plan.suffix != ".toml":  # its log and its table have its name
+        raise UserError(f"{options.plan} is no plan: it must be called something.toml")
     plan = read_plan(options.plan)
     chosen = choose(options.plan, plan, options.variants)
     log_path = options.plan.with_suffix(".jsonl")

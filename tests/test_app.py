@@ -517,6 +517,18 @@ def test_nothing_is_written_beside_the_app(app: App) -> None:
 # ------------------------------------------------------------------------------ what it leaves
 
 
+def test_uploads_are_gone_once_the_app_was_ended(deployment: Path, tmp_path: Path) -> None:
+    """By SIGTERM, which systemd and containers send."""
+    folder = shutil.copytree(deployment, tmp_path / "app")
+    with start_app(folder) as app:
+        client = gradio_client.Client(app.url, verbose=False)
+        photo = gradio_client.handle_file(save(tmp_path / "photo.png", RED))
+        client.predict(photo, api_name="/classify")
+        uploads = tmp_path / "app-elsewhere" / f"gradio-classifier-{os.getuid()}"
+        assert list(uploads.rglob("photo.png"))
+    assert not list(uploads.rglob("photo.png"))
+
+
 @pytest.mark.parametrize("there", ["nothing", "own", "link", "readable", "another's"])
 def test_the_uploads_lie_in_no_folder_of_another_user(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str

@@ -501,6 +501,16 @@ def test_nothing_is_cut_off(count: int) -> None:
     assert_nothing_cut_off(error_analysis.draw_sizes(result["model"], rows))
 
 
+def test_wide_names_stay_below_their_picture() -> None:
+    grey = np.full((20, 20, 3), 128, np.uint8)
+    names = ("END_OF_NO_PASSING_ZONE", "W" * 40, "$" * 30, "golden retriever and some more words")
+    shown = [Shown("a.png", grey, name, name[::-1], 0.5, 1.0) for name in names]
+    figure = error_analysis.draw_worst(shown)
+    figure.draw_without_rendering()
+    for text in figure.texts[1:]:  # all but the title
+        assert text.get_window_extent().width <= figure.axes[0].get_window_extent().width + 2
+
+
 def test_the_contact_sheet_shows_the_pictures_and_their_names(tmp_path: Path) -> None:
     """Each by its colour, with what it is and what was said below it."""
     draws = np.random.default_rng(0)

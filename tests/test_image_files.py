@@ -346,6 +346,14 @@ def test_classes_that_differ_are_named(tmp_path: Path) -> None:
         image_files.check_same_classes(train, many)
 
 
+def test_the_folder_above_is_not_taken_for_empty_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_set(tmp_path / part, {"a/1.jpg": b"", "b/1.jpg": b""})
+        said = f"has no class folders of its own: name {tmp_path / part}$"
+        with pytest.raises(UserError, match=said):
+            image_files.open_image_set(str(tmp_path), part)
+
+
 def test_one_folder_for_training_and_validation_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path / "train", {"a/1.jpg": b"", "b/1.jpg": b""})
     (tmp_path / "val").symlink_to("train")

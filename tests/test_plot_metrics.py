@@ -171,6 +171,13 @@ def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
     assert figure.get_suptitle() == "a: best top-1 75.29 %"
 
 
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    runs = {
+        name: read_curves(make_run(tmp_path, name, [make_row(1)])) for name in ("$\\frac$", "b")
+    }
+    draw(runs, reference=False).draw_without_rendering()
+
+
 def test_a_long_name_leaves_the_title_on_the_picture(tmp_path: Path) -> None:
     name = "resnet50_imagenet_1k_accurate_" * 4
     runs = {name: read_curves(make_run(tmp_path, name, [make_row(1, val_top1=12.5)]))}
@@ -278,6 +285,7 @@ def test_a_bad_log_is_refused(tmp_path: Path, content: str | None, complaint: st
         (["--names", "b"], "no such run: there is no folder {folder}/b"),
         (["--names", "../a"], "'../a' is no name for a run"),
         (["--names", "a", "--output", "{folder}/none/x.png"], "cannot write {folder}/none/x.png"),
+        (["--names", "a", "--output", "{folder}/x.jpg"], "the picture is a PNG, so name it som"),
         (["--names", "a", "--output", "{folder}"], "cannot write {folder}: it is a folder"),
         (["--names", *"aaaaaaa"], "7 runs in one picture: only 6 have a colour each"),
         (["--smooth"], "--smooth"),

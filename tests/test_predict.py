@@ -107,6 +107,9 @@ def test_odd_files_in_a_folder(runs: Path) -> None:
     (photos / "._leaf.png").write_bytes(b"what another system keeps beside a picture")
     (photos / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(photos / "pipe.png")
+    (photos / ".trash").mkdir()
+    (photos / ".trash/leaf.png").write_bytes(b"gone")
+    (photos / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     (photos / "large.tif").touch()
     os.truncate(photos / "large.tif", 2**40)  # a hole
     done = predict(runs, "photos", "--top", "1", "--name", "tiny")
@@ -120,7 +123,9 @@ def test_odd_files_in_a_folder(runs: Path) -> None:
     assert done.stderr.splitlines() == [
         "photos/gone.png: No such file or directory",
         "photos/large.tif: The picture has more than 20 MB.",
-        "error: 2 of 5 pictures could not be used",
+        "photos/phone.HEIC: This is a HEIC photo, which is not read here: send it as a JPEG "
+        "(on an iPhone: Settings, Camera, Formats, Most Compatible).",
+        "error: 3 of 6 pictures could not be used",
     ]
 
 

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
 from hub import Hub
 from huggingface_hub import constants
@@ -422,6 +423,9 @@ def test_the_card_names_only_what_it_knows(run: Path) -> None:
     others = [f"n{90_000_000 + number}" for number in range(1000)]
     for names in (others, wnids[:1] + others[1:]):  # of Imagenette's classes, ImageNet-21k has ten
         assert push_model.data_name(Config(), names, whole) == "a data set of its own"
+    ten = sorted(torchvision.datasets.Imagenette._WNID_TO_CLASS)
+    assert push_model.data_name(Config(), ten, whole) == "Imagenette"
+    assert push_model.data_name(Config(), ten[:2], whole) == "a part of Imagenette"
     digits = utils.RECIPES["quickstart"].config
     assert "digits" in push_model.data_name(digits, list("0123456789"), part)
     record = json.loads((run / "config.json").read_text())

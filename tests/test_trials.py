@@ -157,6 +157,16 @@ def test_a_failed_run_is_kept_in_the_log_and_the_exit_code(folder: Path) -> None
     assert "| mad | none finished, 1 failed |" in (folder / "failing.md").read_text()
 
 
+def test_a_plan_is_not_overwritten_by_its_table(folder: Path) -> None:
+    for name in ("plan.md", "plan.jsonl"):
+        (folder / "named").mkdir(exist_ok=True)
+        path = folder / "named" / name
+        path.write_text(PLAN)
+        done = run(folder, path, "--report")
+        assert done.returncode == 2 and f"{path} is no plan: it must be called" in done.stderr
+        assert path.read_text() == PLAN
+
+
 @pytest.mark.parametrize(
     ("plan", "complaint"),
     [

@@ -54,8 +54,6 @@ class ResNet50Wrapper(torch.nn.Module):
                 module.register_forward_pre_hook(_blur)
                 if module.kernel_size[0] == 1:  # what is blurred and not looked at need not be
                     module.stride = (1, 1)
-        self.model.maxpool.stride = 1
-        self.model.maxpool.register_forward_hook(lambda _, __, images: _blur_2d(images, 2))
 
 
 def _blur(convolution: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -63,11 +61,9 @@ def _blur(convolution: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Te
 
     As two means over 2×2, with zeros around. For a 1×1 convolution of every second place only.
     """
-    return _blur_2d(inputs[0], 2 if convolution.kernel_size[0] == 1 else 1)
-
-
-def _blur_2d(images: torch.Tensor, stride: int) -> torch.Tensor:
+    (images,) = inputs
     corners = torch.nn.functional.avg_pool2d(images, 2, stride=1, padding=1)
+    stride = 2 if convolution.kernel_size[0] == 1 else 1
     return torch.nn.functional.avg_pool2d(corners, 2, stride=stride)
 
 

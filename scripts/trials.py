@@ -53,6 +53,7 @@ from utils import (
     commit,
     is_number,
     parse_options,
+    read_json,
     read_metrics,
     read_run,
     run_folder,
@@ -196,10 +197,11 @@ def train(config: Config) -> tuple[int, bool]:
 def check_commit(config: Config) -> None:
     """Raises UserError if the run has begun at another commit: it would be a run of neither."""
     folder = run_folder(config.runs_folder, config.name)
-    run = read_run(folder)
-    if run is None:
+    record = read_json(folder / "config.json")
+    if record is None:
         return
-    begun, here = (text.removesuffix("-dirty") for text in (run[2].get("commit", ""), commit()))
+    begun = record.get("commit") if isinstance(record, dict) else None
+    begun, here = (str(text or "").removesuffix("-dirty") for text in (begun, commit()))
     if begun != here:
         raise UserError(
             f"{folder} was begun at commit {begun or 'unknown'}, and this is {here or 'unknown'}: "

@@ -345,9 +345,10 @@ def test_a_run_goes_on_at_its_own_commit_only(
     with pytest.raises(UserError, match=r"plain-seed0 was begun at commit 0{40}, and this is "):
         run_here("raise AssertionError('this is not to be trained')\n")
     assert not (tmp_path / "plan.jsonl").exists()
-    begun.write_text('{"commit": []}')
-    with pytest.raises(UserError, match=r"config.json has not the settings and classes of a run"):
-        run_here("raise AssertionError('this is not to be trained')\n")
+    for nothing in ("[]", '{"commit": []}'):
+        begun.write_text(nothing)
+        with pytest.raises(UserError, match=r"plain-seed0 was begun at commit unknown, and this"):
+            run_here("raise AssertionError('this is not to be trained')\n")
     begun.write_text(json.dumps({**known, "commit": f"{commit().removesuffix('-dirty')}-dirty"}))
     assert run_here("") == 0
 

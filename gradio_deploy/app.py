@@ -378,17 +378,8 @@ def make_page(
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def main() -> None:
-    """Check the files, make the page, serve it until the process is ended."""
-    pinned = os.environ.get("MODEL_JSON_SHA256", "").strip()
-    try:
-        session, export = classifier.load_export(FOLDER, model_json_sha256=pinned)
-    except classifier.ExportError as error:
-        print(f"error: {error}: run `python3 generate_trace_model.py` first", file=sys.stderr)
-        raise SystemExit(2) from None
-    if not os.environ.get("GRADIO_TEMP_DIR"):
-        os.environ["GRADIO_TEMP_DIR"] = str(own_folder())
-    page = make_page(session, export, FOLDER)
+def serve(page: gr.Blocks) -> None:
+    """Serve the page until the process is ended."""
     threading.Thread(target=keep_deleting_old_files, args=(page,), daemon=True).start()
     # The visitor's own font: nothing to load, and every weight is there.
     theme = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
@@ -407,6 +398,24 @@ def main() -> None:
         enable_monitoring=False,  # else everybody may read how often it was asked
         footer_links=["api", "gradio", "settings"],
     )
+
+
+def main() -> None:
+    """Check the files, make the page, serve it until the process is ended."""
+    pinned = os.environ.get("MODEL_JSON_SHA256", "").strip()
+    try:
+        session, export = classifier.load_export(FOLDER, model_json_sha256=pinned)
+    except classifier.ExportError as error:
+        print(f"error: {error}: run `python3 generate_trace_model.py` first", file=sys.stderr)
+        raise SystemExit(2) from None
+    if not os.environ.get("GRADIO_TEMP_DIR"):
+        os.environ["GRADIO_TEMP_DIR"] = str(own_folder())
+    try:
+        serve(make_page(session, export, FOLDER))
+    except (OSError, OverflowError) as error:
+        names = "GRADIO_SERVER_NAME, GRADIO_SERVER_PORT or GRADIO_TEMP_DIR"
+        print(f"error: the app cannot be served ({error}): set another {names}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -401,13 +401,17 @@ def _is_class_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def check_same_classes(train: ImageSet, val: ImageSet) -> None:
-    """Refuse folders whose classes differ: labels are positions, so all later ones would shift."""
+def check_apart(train: ImageSet, val: ImageSet) -> None:
+    """Refuse to validate by the folder that is trained on; a store's parts are apart."""
     if train.store is None and train.folder.resolve() == val.folder.resolve():
         raise UserError(
             f"{train.folder} is named for training and for validation: its accuracy would be that "
             "of images that were learnt; name the folder of the others"
         )
+
+
+def check_same_classes(train: ImageSet, val: ImageSet) -> None:
+    """Refuse folders whose classes differ: labels are positions, so all later ones would shift."""
     if train.classes == val.classes:
         return
     complaints = []
@@ -497,6 +501,7 @@ def open_images(
     """
     train_set = open_image_set(config.train_folder_name, "train")
     val_set = open_image_set(config.val_folder_name, "val")
+    check_apart(train_set, val_set)
     check_same_classes(train_set, val_set)
     parts = {"train": train_set, "val": val_set}
     if skipped is None:

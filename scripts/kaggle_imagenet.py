@@ -40,7 +40,7 @@ from verifying import IMAGENET, IMAGENET_VAL
 
 import image_files
 from interruption import note_signals
-from store import PARTS, open_store
+from store import PARTS, check_place, open_store
 from utils import EXIT_INTERRUPTED, UserError, format_duration, log
 
 CLI_VERSION = (2, 2, 4)  # the first that knows whether a half-finished file is of the same archive
@@ -146,6 +146,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         note_signals(nothing_to_save=True)  # SIGTERM ends it as Ctrl-C does
         with _alone_in(folder):
+            check_place(store_path, {"max_side": max_side, "quality": quality})
             if step in ("all", "download"):
                 per_picture = PACKED_BYTES if 0 < max_side <= PACKED_PX else ORIGINAL_BYTES
                 store_bytes = per_picture * sum(data_set.pictures.values()) * (step == "all")

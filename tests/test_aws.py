@@ -4,6 +4,7 @@ The machines are those of aws_machine.py: systemd, sshd, loop devices, a metadat
 """
 
 import base64
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import boto3
 import pytest
@@ -856,8 +858,12 @@ def test_a_data_set_in_the_repository_is_not_sent(
     os.truncate(tmp_path / "data/train.tar", 10**9)
     machine.check_repository()
     os.truncate(tmp_path / "ILSVRC/train.tar", 2 * 10**9)
-    with pytest.raises(UserError, match=r"/ILSVRC has 2,000 MB, which would be sent to the mach"):
-        machine.check_repository()
+    import cloud as commands
+
+    refuse = functools.partial(commands.launch, mock.Mock(), None)  # before AWS is asked anything
+    for call in (machine.check_repository, refuse):
+        with pytest.raises(UserError, match=r"/ILSVRC has 2,000 MB, which would be sent to the m"):
+            call()
 
 
 # ------------------------------------------------------------------------------ settings

@@ -601,6 +601,10 @@ TINY = ("--runs-folder", "{runs}")
         (("--model", "lonely.h5"), "lonely.h5 is none of .pt, .onnx and .pt2"),
         (("--model", "runs/cut/none.pt"), "no file runs/cut/none.pt: --model takes a file"),
         (("--model", "runs/cut"), "no file runs/cut: --model takes a file"),
+        (
+            ("--model", "lonely.pt", "--weights", "last"),
+            "--weights last and --model are two models",
+        ),
         (("--model", "lonely.pt"), "lonely.pt belongs to no run: name a folder with --output"),
         (("--model", "lonely.pt", "--output", "out"), "does not say what its classes are: name"),
         (("--model", "model.onnx", "--output", "out"), "name the images with --val-folder-name"),

@@ -357,10 +357,11 @@ def test_the_folder_above_is_not_taken_for_empty_classes(tmp_path: Path) -> None
 def test_one_folder_for_training_and_validation_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path / "train", {"a/1.jpg": b"", "b/1.jpg": b""})
     (tmp_path / "val").symlink_to("train")
-    sets = [image_files.open_image_set(str(tmp_path / part), part) for part in ("train", "val")]
-    for val in sets:
+    train = str(tmp_path / "train")
+    for val in (train, str(tmp_path / "val")):
+        config = dataclasses.replace(CONFIG, train_folder_name=train, val_folder_name=val)
         with pytest.raises(UserError, match="is named for training and for validation: its acc"):
-            image_files.check_same_classes(sets[0], val)
+            image_files.open_images(config)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])

@@ -335,6 +335,12 @@ def test_steps_alone(kaggle: Kaggle, home: Path, folder: Path) -> None:
     line = error_line(prepare(kaggle, home, "imagenet", folder, "--step", "check"))
     assert line.startswith(f"{SLUG} is not in {folder} yet") and line.endswith("--step download")
     assert kaggle.log == []
+    # Before hours of downloading, that the store was begun otherwise.
+    with store.StoreWriter(folder / "imagenet.store", {"max_side": 200, "quality": 90}) as begun:
+        line = error_line(prepare(kaggle, home, "imagenet", folder))
+        assert "was begun with max_side 200, quality 90: give the same settings again" in line
+        begun.partial.unlink()
+    assert kaggle.log == []
 
     succeeded(prepare(kaggle, home, "imagenet", folder, "--step", "download"))
     archive, asked = folder / f"{SLUG}.zip", len(kaggle.log)

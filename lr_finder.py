@@ -6,8 +6,9 @@
 
 The LR range test (Smith, arXiv 1506.01186) with the trainer's own step, images and settings. The
 rate grows by the same factor from step to step; the test ends once the loss has risen again by
-half of what it had fallen. Writes lr_finder.json and lr_finder.png into runs/<name>/ and touches
-nothing else there. Where the training crops grow, it tests at the size of the first epochs.
+half of what it had fallen. Writes lr_finder.json and lr_finder.png into runs/<name>/, or, where the
+curve gives no suggestion, lr_finder_refused.png alone, and touches nothing else there. Where the
+training crops grow, it tests at the size of the first epochs.
 """
 
 import contextlib
@@ -165,22 +166,24 @@ def draw(
     rates: list[float],
     losses: list[float],
     smoothed: list[float],
-    suggestion: float,
+    suggestion: float | None,
 ) -> None:
-    """Write the curve with the suggestion drawn in."""
+    """Write the curve with the suggestion, if there is one, drawn in."""
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     axes.plot(rates, losses, color="0.75", linewidth=1, label="loss of the batch")
     axes.plot(rates, smoothed, color="#0072b2", linewidth=2.5, label="smoothed")
-    axes.axvline(
-        suggestion,
-        color="#d55e00",
-        linestyle="--",
-        linewidth=2,
-        label=f"suggested max_lr: {suggestion:.3g}",
-    )
+    if suggestion is not None:
+        axes.axvline(
+            suggestion,
+            color="#d55e00",
+            linestyle="--",
+            linewidth=2,
+            label=f"suggested max_lr: {suggestion:.3g}",
+        )
     axes.set_xscale("log")
     low, high = min(smoothed), max(smoothed[0], sorted(losses)[len(losses) * 4 // 5])
-    axes.set_ylim(low - 0.2 * (high - low), high + 0.4 * (high - low))
+    if high > low:  # a refused test may have a single loss
+        axes.set_ylim(low - 0.2 * (high - low), high + 0.4 * (high - low))
     axes.set_xlabel("learning rate", fontsize=13)
     axes.set_ylabel("training loss", fontsize=13)
     title = f"LR range test of {shortened(config.name)}\nbatch size {config.batch_size}"
@@ -231,7 +234,15 @@ def main() -> None:
             run, batches, options, steps_per_epoch(config, train_set)
         )
     breaks_off = len(rates) < options.steps and not diverged(smoothed)
-    suggestion = suggest(rates, losses, smoothed, breaks_off)
+    refused = folder / "lr_finder_refused.png"
+    try:
+        suggestion = suggest(rates, losses, smoothed, breaks_off)
+    except UserError as error:
+        if not rates:
+            raise
+        draw(refused, config, rates, losses, smoothed, None)
+        raise UserError(f"{error}; the curve is {refused}") from None
+    refused.unlink(missing_ok=True)  # if there: it was of an earlier try
     draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
     write_json(
         folder / "lr_finder.json",

@@ -108,10 +108,12 @@ def test_the_command_tells_where_the_loss_becomes_no_number(tmp_path: Path) -> N
     assert done.returncode == 2
     assert re.fullmatch(
         r"error: beyond a rate of \S+ the loss is no number: try a lower --last-lr, or more "
-        r"--steps\n",
+        r"--steps; the curve is \S+/runs/run/lr_finder_refused\.png\n",
         done.stderr,
     )
-    assert not list((tmp_path / "runs/run").iterdir())
+    (picture,) = (tmp_path / "runs/run").iterdir()
+    with Image.open(picture) as curve:
+        assert curve.size == (1350, 825)
 
 
 def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -> None:
@@ -129,6 +131,12 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
     assert refused.returncode == 2, refused.stderr
     assert "1 at once, and BatchNorm needs 2: use a larger --micro-batch-size" in refused.stderr
     assert not folder.exists()
+    # Too low a range: what may be found before stays, and the curve is drawn beside it.
+    low = ("--steps", "20", "--first-lr", "1e-9", "--last-lr", "1e-8")
+    refused = run_stage_command("lr_finder.py", *settings, *low)
+    assert refused.returncode == 2
+    assert "try more --steps, or a larger --batch-size; the curve is " in refused.stderr
+    assert [path.name for path in folder.iterdir()] == ["lr_finder_refused.png"]
     found = run_stage_command("lr_finder.py", *settings, "--steps", "40", "--last-lr", "100")
     assert found.returncode == 0, found.stderr
     files = sorted(path.name for path in folder.rglob("*") if path.is_file())

@@ -280,6 +280,18 @@ def until_it_ends(environment: dict[str, str], command: str, killing: Path, *opt
     raise AssertionError(f"{command} does not end: {done.stdout}")
 
 
+def break_off_launch(environment: dict[str, str], output: Path) -> None:
+    """Give `launch`, and kill it once its machine installs and looks whether it can train."""
+    with open(output, "w") as said:
+        launching = subprocess.Popen(
+            [sys.executable, REPOSITORY / "scripts" / "aws" / "cloud.py", "launch", "--yes"],
+            env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+        )  # fmt: skip
+    wait_for(lambda: "looking whether" in output.read_text())
+    launching.kill()
+    launching.wait()
+
+
 @pytest.fixture
 def killing(quick_aws_folder: Path, tmp_path: Path) -> Path:
     """A folder with an `aws` that kills who calls it, once the change has been made."""
@@ -312,14 +324,7 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     timers = "systemctl list-timers --all --no-pager"
     wait_for(lambda: "resnet50-poweroff" in machines.run(instance_id, timers).stdout)
     # EC2 takes the machine while it is set up, and gives it back: it trains, with nobody there.
-    with open(tmp_path / "launching", "w") as said:
-        launching = subprocess.Popen(
-            [sys.executable, REPOSITORY / "scripts" / "aws" / "cloud.py", "launch", "--yes"],
-            env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-        )  # fmt: skip
-    wait_for(lambda: "looking whether" in (tmp_path / "launching").read_text())
-    launching.kill()
-    launching.wait()
+    break_off_launch(environment, tmp_path / "launching")
     emulator.interrupt(instance_id)
     wait_for(lambda: instance_id not in machines.running)
     emulator.resume(instance_id)
@@ -342,10 +347,14 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     assert account(emulator)["instances"] == ["stopped"]
     assert until_it_ends(environment, "launch", killing) == 1
 
-    # Started with the machine, the trainer had the settings that it had before.
+    # Settings that its run cannot take on, broken off while the machine is set up, then those that
+    # it can. Started with the machine, the trainer had the settings that it had before.
+    wrong = f"{environment['RESNET50_TRAINER_OPTIONS']} --max-lr 0.5"
+    break_off_launch({**environment, "RESNET50_TRAINER_OPTIONS": wrong}, tmp_path / "wrong")
     options = f"{environment['RESNET50_TRAINER_OPTIONS']} --val-batch-size 3"
     done = cloud({**environment, "RESNET50_TRAINER_OPTIONS": options}, "launch", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "bootstrap of another start runs there: waiting for its end" in done.stdout
     there = machines.folder_of(instance_id) / "home" / "resnet50"
     assert "--val-batch-size 3" in (there / "aws-instance.env").read_text()
     show = "systemctl is-active resnet50-poweroff.timer"

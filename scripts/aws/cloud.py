@@ -460,6 +460,7 @@ def start_training(options: Launch, aws: Aws, instance: dict[str, Any]) -> None:
     attach(aws, runs, instance_id, RUNS_DEVICE)
     machine = log_in(aws, settings, instance_id)
     wanted = instance_env(aws, settings, instance_id, runs)
+    machine.wait_for_detached("bootstrap")  # of a launch broken off, which may have had others
     # It starts with the machine, with the settings that it had.
     unit = "resnet50-trainer.service"
     state = machine.ask(f"systemctl is-active {unit} || systemctl list-jobs {unit}")

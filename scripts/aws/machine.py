@@ -108,14 +108,26 @@ class Machine:
         It goes on if the connection breaks; given again, it is followed, not started twice. Raises
         UserError if it fails.
         """
+        self._follow(f"cd {FOLDER} && bash scripts/aws/instance/detached.sh {name} {command}")
+        self.run(f"cd {FOLDER} && exit $(cat {name}.status)")
+
+    def wait_for_detached(self, name: str) -> None:
+        """Follow such a command to its end, however it ends, where one runs there."""
+        self._follow(
+            f"cd {FOLDER} 2>/dev/null && [ -e {name}.lock ] || exit 0; "
+            f"if ! flock --nonblock {name}.lock true; then "
+            f"echo '{name} of another start runs there: waiting for its end'; "
+            f"bash scripts/aws/instance/detached.sh {name} true; fi"
+        )
+
+    def _follow(self, command: str) -> None:
+        """Run a command there that may be given again, until the connection holds to its end."""
         for tries_left in reversed(range(10)):
-            there = f"cd {FOLDER} && bash scripts/aws/instance/detached.sh {name} {command}"
-            if self.run(there, check=False) != SSH_FAILED:
+            if self.run(command, check=False) != SSH_FAILED:
                 break
             if tries_left:
                 print("the connection broke; it goes on there: trying to follow it", flush=True)
                 time.sleep(5)
-        self.run(f"cd {FOLDER} && exit $(cat {name}.status)")
 
     def show(self, command: str) -> None:
         """Run a command there in this terminal, until it ends or Ctrl-C."""

@@ -280,14 +280,22 @@ def until_it_ends(environment: dict[str, str], command: str, killing: Path, *opt
     raise AssertionError(f"{command} does not end: {done.stdout}")
 
 
-def break_off_launch(environment: dict[str, str], output: Path) -> None:
-    """Give `launch`, and kill it once its machine installs and looks whether it can train."""
+def start_launch(
+    environment: dict[str, str], output: Path, times: int = 1
+) -> subprocess.Popen[bytes]:
+    """Give `launch`, and wait until it has said `times` that its machine looks whether it can
+    train: in the middle of the bootstrap."""
     with open(output, "w") as said:
         launching = subprocess.Popen(
             [sys.executable, REPOSITORY / "scripts" / "aws" / "cloud.py", "launch", "--yes"],
             env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
         )  # fmt: skip
-    wait_for(lambda: "looking whether" in output.read_text())
+    wait_for(lambda: output.read_text().count("looking whether") == times)
+    return launching
+
+
+def break_off_launch(environment: dict[str, str], output: Path) -> None:
+    launching = start_launch(environment, output)
     launching.kill()
     launching.wait()
 
@@ -348,13 +356,18 @@ def test_killed_after_each_change_every_command_ends_in_the_same_state(
     assert until_it_ends(environment, "launch", killing) == 1
 
     # Settings that its run cannot take on, broken off while the machine is set up, then those that
-    # it can. Started with the machine, the trainer had the settings that it had before.
+    # it can, in whose bootstrap the connection breaks. Started with the machine, the trainer had
+    # the settings that it had before.
     wrong = f"{environment['RESNET50_TRAINER_OPTIONS']} --max-lr 0.5"
     break_off_launch({**environment, "RESNET50_TRAINER_OPTIONS": wrong}, tmp_path / "wrong")
     options = f"{environment['RESNET50_TRAINER_OPTIONS']} --val-batch-size 3"
-    done = cloud({**environment, "RESNET50_TRAINER_OPTIONS": options}, "launch", "--yes")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bootstrap of another start runs there: waiting for its end" in done.stdout
+    output = tmp_path / "right"
+    launching = start_launch({**environment, "RESNET50_TRAINER_OPTIONS": options}, output, times=2)
+    machines.run(instance_id, "pkill -KILL -f '[s]shd.*: root@notty'")
+    assert launching.wait(120) == 0, output.read_text()
+    said = output.read_text()
+    assert "bootstrap of another start runs there: waiting for its end" in said
+    assert said.count("the connection broke; it goes on there") == 1
     there = machines.folder_of(instance_id) / "home" / "resnet50"
     assert "--val-batch-size 3" in (there / "aws-instance.env").read_text()
     show = "systemctl is-active resnet50-poweroff.timer"

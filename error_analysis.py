@@ -239,8 +239,10 @@ def draw_overview(result: dict[str, Any]) -> Figure:
 
 
 def draw_reliability(panel: Axes, found: dict[str, Any]) -> None:
-    """Accuracy over confidence; what a calibrated model would have is the diagonal."""
+    """Accuracy over confidence, with what chance does to a bin of few images; what a calibrated
+    model would have is the diagonal."""
     filled = [row for row in found["bins"] if row["images"]]
+    intervals = [wilson_interval(row["correct"], row["images"]) for row in filled]
     panel.bar(
         [row["above"] for row in filled],
         [row["accuracy"] for row in filled],
@@ -250,14 +252,24 @@ def draw_reliability(panel: Axes, found: dict[str, Any]) -> None:
         edgecolor="white",
     )
     panel.plot([0, 100], [0, 100], color="0.35", linestyle="--", label="calibrated")
-    panel.plot(
+    panel.errorbar(
         [row["confidence"] for row in filled],
         [row["accuracy"] for row in filled],
+        # Of 0 and of all the interval ends at the accuracy, but for rounding.
+        np.maximum(
+            0.0,
+            [
+                [row["accuracy"] - low, high - row["accuracy"]]
+                for row, (low, high) in zip(filled, intervals, strict=True)
+            ],
+        ).T,
         color=COLOURS[0],
         marker="o",
         markersize=6,
-        linewidth=1.5,
-        label="accuracy at the mean confidence",
+        linestyle="none",
+        elinewidth=1,
+        capsize=3,
+        label="accuracy, 95 % interval",
     )
     panel.set(xlim=(0, 100), ylim=(0, 118), ylabel="accuracy", xlabel="confidence")
     panel.set_yticks(range(0, 101, 20))

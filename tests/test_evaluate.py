@@ -18,6 +18,7 @@ import torchvision
 from conftest import run_stage_command
 from exports import BLUE, GREEN, MEAN, RED, STD, write_top_half_colour
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -479,6 +480,20 @@ def test_long_names_of_classes_can_be_told_apart() -> None:
     error_analysis.draw_classes(panel, rows)
     names = [text.get_text() for text in panel.get_yticklabels()]
     assert names == [f"{label[:25]}…" for label in labels]
+
+
+def test_a_bin_of_few_images_shows_how_little_it_tells() -> None:
+    # 2 of 3 right with a confidence of 0.5, and 1 of 1 with 0.9.
+    answers = crafted([0, 0, 0, 1], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.9])
+    panel = Figure().add_subplot()
+    error_analysis.draw_reliability(panel, error_analysis.calibration(answers))
+    (bars,) = [one for one in panel.containers if isinstance(one, ErrorbarContainer)]
+    (lines,) = bars.lines[2]
+    drawn = [[*line[:, 0], *line[:, 1]] for line in lines.get_segments()]
+    assert drawn == [
+        pytest.approx([50, 50, 20.766, 93.851], abs=2e-3),  # Wilson's interval
+        pytest.approx([90, 90, 20.655, 100], abs=2e-3),
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 10, 25, 1000])

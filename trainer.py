@@ -344,16 +344,17 @@ def dry_run(
         if not is_out_of_memory(error):
             raise
     # By now the error is gone, and with it the memory of the step that failed.
-    raise UserError(advise_batch_size(run, config, "batch_size"))
+    raise UserError(advise_batch_size(run, config, "batch_size", begun=state is not None))
 
 
 # ------------------------------------------------------------------------------ too little memory
 
 
-def advise_batch_size(run: engine.Run, config: Config, setting: str) -> str:
+def advise_batch_size(run: engine.Run, config: Config, setting: str, begun: bool) -> str:
     """What to do about a setting of a batch, for which the GPU's memory is too small.
 
-    Tries ever smaller batches, each an eighth smaller, with this run, which is over.
+    Tries ever smaller batches, each an eighth smaller, with this run, which is over. One that had
+    `begun` before keeps its batch_size.
     """
     size = asked = getattr(config, setting)
     # The last evaluation is in fp32.
@@ -374,11 +375,11 @@ def advise_batch_size(run: engine.Run, config: Config, setting: str) -> str:
             if not is_out_of_memory(error):
                 raise
             continue
-        option = "micro_batch_size" if setting == "batch_size" and run.history else setting
+        option = "micro_batch_size" if setting == "batch_size" and begun else setting
         advice = f"--{option.replace('_', '-')} {size} would, as was tried just now"
         if option == "batch_size":
             advice += f", with --max-lr {config.max_lr * size / asked:.3g} to go with it"
-        elif option != setting:  # which a run that has begun may still change
+        elif option != setting:
             advice += ", and goes on with this run, its batches in parts"
         break
     else:
@@ -635,7 +636,7 @@ def main() -> None:
     keeper = Keeper(run, config, identity, requests, session, saver)
 
     requests.nothing_to_save = False
-    short_of_memory = False
+    short_of_memory = begun = False
     exit_code = 0
     last_copies_s = mirror.INTERRUPTED_S
     with contextlib.ExitStack() as at_end:  # each is called, whatever the others raise
@@ -666,13 +667,13 @@ def main() -> None:
             # Of several processes, the others wait for this step.
             if not is_out_of_memory(error) or distributed.processes() > 1:
                 raise
-            short_of_memory = True
+            short_of_memory, begun = True, state is not None or run.step > 0
             if not run.model.training:  # in validation; a step broken off would be half done
                 keeper.save()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
         setting = "micro_batch_size" if config.micro_batch_size else "batch_size"
         setting = setting if run.model.training else "val_batch_size"
-        raise UserError(advise_batch_size(run, config, setting))
+        raise UserError(advise_batch_size(run, config, setting, begun))
     # This waits for all: torchrun ends the main process if another ends before it.
     sys.exit(from_main(ended, exit_code, copies))
 

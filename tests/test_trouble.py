@@ -192,12 +192,12 @@ def test_any_other_setting_may_change(name: str) -> None:
 # As on a GPU with memory for 100 images of training, or for 5 of validation.
 SMALL_GPU = """
 train_step, evaluate = engine.train_step, engine.evaluate
-def small_step(run, images, *arguments):
+def small_step(run, images, *arguments, **more):
     if len(images) > 100:
         if len(images) > 120:
             raise RuntimeError("FIND was unable to find an engine to execute this computation")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return train_step(run, images, *arguments)
+    return train_step(run, images, *arguments, **more)
 def small_evaluate(model, batches, *arguments):
     def checked():
         for images, labels in batches:
@@ -236,20 +236,22 @@ def test_too_little_memory_names_a_batch_that_fits(settings: Settings, tmp_path:
 def test_a_run_that_has_begun_is_told_to_compute_its_batches_in_parts(
     settings: Settings, tmp_path: Path
 ) -> None:
-    make_images(tmp_path / "many", classes=2, images=64)
+    make_images(tmp_path / "many", classes=2, images=110)
     settings = {
         **settings,
         **{f"{part}_folder_name": str(tmp_path / "many" / part) for part in ("train", "val")},
-        **{"batch_size": 128, "val_batch_size": 5, "epochs": 2},
+        **{"batch_size": 110, "val_batch_size": 5, "epochs": 1, "checkpoint_minutes": 1e-9},
     }
-    first = SMALL_GPU.replace(
-        "    if len(images) > 100:", "    if len(images) > 100 and run.history:"
-    )
-    line = error_line(train_with(first, settings), 2)
-    assert "--micro-batch-size 98 would, as was tried just now, and goes on with this run" in line
-    done = train_with("", {**settings, "micro_batch_size": 98})
+    advice = "--micro-batch-size 96 would, as was tried just now, and goes on with this run"
+    first = SMALL_GPU.replace("    if len(images) > 100:", "    if len(images) > 100 and run.step:")
+    assert advice in error_line(train_with(first, settings), 2)
+    # Its first epoch has not ended, but there is a checkpoint, with its batch_size.
+    assert list(run_folder(settings).glob("checkpoints/*.pt"))
+    for again in (settings, {**settings, "dry_run": True}):
+        assert advice in error_line(train_with(SMALL_GPU, again), 2)
+    done = train_with("", {**settings, "micro_batch_size": 96})
     assert done.returncode == 0, done.stderr
-    assert "resumed after 1 epoch" in done.stdout
+    assert "resumed after 0 epochs and 1 steps" in done.stdout
 
 
 def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:

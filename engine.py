@@ -223,6 +223,11 @@ def compiled(
     return torch.compile(model, dynamic=False)
 
 
+def is_of_compiler(error: RuntimeError) -> bool:
+    """Whether torch.compile raised it: nothing of the step under way has been done."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
 # ------------------------------------------------------------------------------ the step
 
 

@@ -22,7 +22,7 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -474,6 +474,20 @@ class Interrupted(Exception):
     """The run was asked to stop, and the step under way has ended."""
 
 
+@contextlib.contextmanager
+def stopped_in_compiler(requests: interruption.Requests) -> Iterator[None]:
+    """Take it for the stop that it is where the signal, as Ctrl-C does, reached the compiler too.
+
+    Of several processes, the others would wait for this step.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if requests.stop and distributed.processes() == 1 and engine.is_of_compiler(error):
+            raise Interrupted from None
+        raise
+
+
 class Keeper:
     """Saves a run when that is due or asked for, and stops it when it has to end."""
 
@@ -645,7 +659,8 @@ def main() -> None:
         at_end.callback(session.end)
         at_end.callback(saver.wait)
         try:
-            train_epochs(run, config, folder, train_set, val_set, keeper.save, keeper.heed)
+            with stopped_in_compiler(requests):
+                train_epochs(run, config, folder, train_set, val_set, keeper.save, keeper.heed)
             run.model.eval()
             with distributed.agreed():
                 saver.wait()

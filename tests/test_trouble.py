@@ -1,10 +1,13 @@
 """What goes wrong inside a run: numbers that are none, memory, disks, open files, clocks."""
 
 import dataclasses
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,15 +35,20 @@ from utils import Config, UserError
 Settings = dict[str, object]
 
 
-def train_with(fault: str, settings: Settings, *options: str) -> subprocess.CompletedProcess:
-    """The trainer in a process of its own, into which some lines of Python put a fault first."""
+def program(fault: str) -> str:
+    """The trainer, into which some lines of Python put a fault first."""
     lines = (
         "import sys, time, torch, data, engine, trainer, utils",
         fault,
         "utils.run_stage(trainer.main)",
     )
+    return "\n".join(lines)
+
+
+def train_with(fault: str, settings: Settings, *options: str) -> subprocess.CompletedProcess:
+    """The trainer with a fault, in a process of its own."""
     return quick_start.run(
-        [sys.executable, "-c", "\n".join(lines), *as_options(settings), *options],
+        [sys.executable, "-c", program(fault), *as_options(settings), *options],
         cwd=REPOSITORY,
         env=COMMAND_ENVIRONMENT,
         timeout=200,
@@ -252,6 +260,54 @@ def test_a_run_that_has_begun_is_told_to_compute_its_batches_in_parts(
     done = train_with("", {**settings, "micro_batch_size": 96})
     assert done.returncode == 0, done.stderr
     assert "resumed after 0 epochs and 1 steps" in done.stdout
+
+
+# Of the network a part alone is compiled, by a compiler that takes its time.
+SLOW_COMPILER = """
+import os, pathlib
+check = engine.compiled
+def compiled(model, device):
+    check(model, device)
+    pathlib.Path(os.environ["SLOW"]).touch()
+    part = torch.compile(lambda images: images.cos(), dynamic=False)
+    return lambda images: model(part(images))
+engine.compiled = compiled
+"""
+COMPILER = """#!/bin/bash
+if [ -e "$SLOW" ]; then touch "$SLOW.held"; sleep 60; fi
+exec g++ "$@"
+"""
+
+
+def test_a_signal_that_the_compiler_gets_too_stops_the_run_saved(
+    settings: Settings, tmp_path: Path
+) -> None:
+    slow, compiler = tmp_path / "slow", tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    process = quick_start.Popen(
+        [sys.executable, "-c", program(SLOW_COMPILER), *as_options(settings), "--compile"],
+        cwd=REPOSITORY,
+        env={
+            **COMMAND_ENVIRONMENT,
+            **{"SLOW": str(slow), "CXX": str(compiler)},
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        },
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not slow.with_suffix(".held").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # Ctrl-C goes to all in the same way
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "Error" not in stderr  # PyTorch may warn that it finds no CUDA
+    assert "interrupted in epoch 1, everything is saved after step 0" in stdout
+    assert list(run_folder(settings).glob("checkpoints/*.pt"))
 
 
 def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:

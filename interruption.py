@@ -90,10 +90,12 @@ def note_signals(nothing_to_save: bool = False) -> Requests:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         stop()
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        signal.signal(signal.SIGHUP, hang_up)
+    signal.signal(signal.SIGTERM, stop)
+    # As nohup ignores the one, and a script the other for what it starts with `&`: there, Ctrl-C is
+    # meant for something else.
+    for number, heed in ((signal.SIGHUP, hang_up), (signal.SIGINT, stop)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, heed)
     signal.signal(SAVE_SIGNAL, save)
     # While Python ends, which takes a moment with PyTorch loaded, it puts the system's handlers
     # back: a late signal would change the exit code.

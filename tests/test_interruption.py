@@ -56,6 +56,17 @@ def test_signals_are_noted_and_a_second_one_does_no_harm() -> None:
 
 
 @pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
+def test_what_the_shell_lets_it_ignore_is_ignored(ignored: signal.Signals) -> None:
+    signal.signal(ignored, signal.SIG_IGN)
+    requests = interruption.note_signals()
+    os.kill(os.getpid(), ignored)
+    assert not requests.stop
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert requests.stop
+
+
+@pytest.mark.usefixtures("_handlers")
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_with_nothing_to_save_the_first_signal_ends_it(first: signal.Signals) -> None:
     requests = interruption.note_signals(nothing_to_save=True)

@@ -791,10 +791,20 @@ def commit() -> str:
     return ""
 
 
+class _Screen(logging.StreamHandler):
+    """The screen, until nobody reads it any more; what is said still goes into the log file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def start_log(path: Path | None) -> None:
     """Send the log to the screen and, where a path is given, to the end of that file."""
     log.setLevel(logging.DEBUG)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_Screen(sys.stdout)]
     # Lines of progress are debug messages: a terminal shows a bar in their place.
     handlers[0].setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
     if path is not None:

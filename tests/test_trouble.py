@@ -310,6 +310,22 @@ def test_a_signal_that_the_compiler_gets_too_stops_the_run_saved(
     assert list(run_folder(settings).glob("checkpoints/*.pt"))
 
 
+def test_without_anybody_who_reads_the_screen_the_run_goes_on(settings: Settings) -> None:
+    process = quick_start.Popen(
+        [sys.executable, REPOSITORY / "trainer.py", *as_options({**settings, **ONE_EPOCH})],
+        cwd=REPOSITORY,
+        env=COMMAND_ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline()
+    process.stdout.close()  # as `| head -n 1` does, and `| tee` at Ctrl-C
+    assert process.wait(120) == 0
+    assert process.stderr and process.stderr.read() == ""
+    assert "finished in" in (run_folder(settings) / "train.log").read_text()
+
+
 def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:
     few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))"
     line = error_line(train_with(few, settings), 2)

@@ -46,10 +46,18 @@ _patient_hosts: dist.ProcessGroup | None = None  # the same, which waits for LON
 
 
 def start() -> None:
-    """Find the other processes, where torchrun has started several; else do nothing."""
+    """Find the other processes, where torchrun has started several; else do nothing.
+
+    Raises UserError where WORLD_SIZE is set, but not by torchrun.
+    """
     global _hosts, _patient_hosts  # noqa: PLW0603 (a process has one of each)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or not size.isdecimal() or int(size) == 0:
+        beside = f", and {', '.join(missing)} not" if missing else ""
+        raise UserError(f"WORLD_SIZE is set to {size!r}{beside}: unset it, or start by torchrun")
     timeout = datetime.timedelta(seconds=WAIT_S)
     store, rank, count = next(rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

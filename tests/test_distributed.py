@@ -359,6 +359,23 @@ def test_a_single_process_has_nothing_to_ask(monkeypatch: pytest.MonkeyPatch) ->
         raise UserError("as it is")
 
 
+@pytest.mark.parametrize(
+    ("size", "more", "says"),
+    [
+        ("2", {}, "WORLD_SIZE is set to '2', and RANK, MASTER_ADDR, MASTER_PORT not: unset it"),
+        ("two", {}, "WORLD_SIZE is set to 'two', and RANK"),
+        ("0", dict.fromkeys(("RANK", "MASTER_ADDR", "MASTER_PORT"), "0"), "is set to '0': unset"),
+    ],
+)
+def test_a_variable_that_torchrun_has_not_set_is_told(
+    size: str, more: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": size, **more}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        distributed.start()
+
+
 def test_the_others_wait_for_the_main_process_beyond_their_usual_time(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(

@@ -20,7 +20,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,6 +45,7 @@ from utils import (
     check_config,
     check_writable,
     latest_run,
+    on_terminal,
     parse_options,
     read_run,
     run_folder,
@@ -235,7 +235,7 @@ def ask(subject: Subject, config: Config, val_set: image_files.ImageSet, flip: b
     predict = evaluated_model.with_mirror_images(subject.predict) if flip else subject.predict
     batches = data.val_batches(val_set, config, pin=subject.device.type == "cuda")
     parts = []
-    title, hidden = f"{config.val_px} px", not sys.stdout.isatty()
+    title, hidden = f"{config.val_px} px", not on_terminal()
     with tqdm.tqdm(total=len(val_set), desc=title, unit="img", disable=hidden, leave=False) as bar:
         # `bool` heeds nothing: no other process shares the work.
         for logits, labels in engine.logits_of(

@@ -17,7 +17,6 @@ import itertools
 import math
 import shlex
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from utils import (
     check_writable,
     log,
     lr_settings,
+    on_terminal,
     parse_options,
     run_folder,
     run_stage,
@@ -85,7 +85,7 @@ def range_test(
     losses: list[float] = []
     smoothed: list[float] = []
     average = 0.0
-    bar = tqdm.trange(options.steps, desc="LR range test", disable=not sys.stdout.isatty())
+    bar = tqdm.trange(options.steps, desc="LR range test", disable=not on_terminal())
     run.model.train()
     for step, (images, labels) in zip(bar, batches, strict=False):
         rate = options.first_lr * growth**step

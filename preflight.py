@@ -177,6 +177,8 @@ def describe_run(
     )  # fmt: skip
     if hardware["processes"] > 1:
         log.info("%s", distributed.describe(config))
+    if config.max_lr_from_finder:
+        log.info("max_lr: %.3g, which the LR finder gave when the run began", config.max_lr)
     if config.compile:
         log.info("the first step of each size of the crops is compiled, which can take minutes")
 
@@ -770,7 +772,7 @@ def tell_estimate(
 ) -> str:
     """Time, memory and price of what is left."""
     if device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated(device)
+        peak_bytes = torch.cuda.max_memory_reserved(device)
     else:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     text = f"estimate: {format_duration(left_s / epochs)} an epoch, {format_duration(left_s)} for "
@@ -779,7 +781,8 @@ def tell_estimate(
     text += f"{epochs} epoch{plural}" if whole else f"the {epochs} epoch{plural} left"
     if waiting_s:
         text += f" ({format_duration(waiting_s)} of it waiting for the disk)"
-    text += f", {peak_bytes / 1e9:.1f} GB of {'GPU' if device.type == 'cuda' else 'main'} memory"
+    memory = "GPU memory besides CUDA's own" if device.type == "cuda" else "main memory"
+    text += f", {peak_bytes / 1e9:.1f} GB of {memory}"
     if config.price_per_hour:
         price = config.price_per_hour * left_s / 3600
         text += f", ${price:.2f} at ${config.price_per_hour:.2f} an hour"

@@ -57,6 +57,7 @@ from utils import (
     learning_rate,
     log,
     lr_settings,
+    on_terminal,
     parse_options,
     read_json,
     run_folder,
@@ -146,7 +147,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         done = self.run.step - self.epoch * self.steps
         title = f"epoch {self.epoch + 1}/{total_epochs(self.config)}"
-        hidden = not sys.stdout.isatty() or not distributed.is_main()
+        hidden = not on_terminal() or not distributed.is_main()
         self.bar = tqdm.tqdm(
             total=self.steps, initial=done, desc=title, disable=hidden, file=sys.stdout, leave=False
         )

@@ -56,7 +56,7 @@ FETCHED = ".fetched"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 USERS_TO_MEND = {
     *FULL_DISK,
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
@@ -116,8 +116,9 @@ class Config:
     norm_and_bias_lr: float = 1.0
     """learning rate of BatchNorm's parameters and of biases, over that of the other weights"""
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
-    """what training minimises: cross entropy over the classes; bce: of each class by itself, as
-    present or not, with the last biases at first such that their probabilities add up to 1"""
+    """what training minimises, its loss in log and curves: cross entropy over the classes, which is
+    validation's in any case; bce: of each class by itself, as present or not, with the last biases
+    at first such that their probabilities add up to 1"""
     label_smoothing: float = 0.0
     """share of the target that is spread evenly over all classes, 0 to 1"""
     average_steps: float = 0.0
@@ -166,7 +167,7 @@ class Config:
     those of a plain ResNet-50, which refuses them where it loads strictly"""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """arithmetic of the step; auto: fp16 with loss scaling on a GPU, bf16 on a CPU that has it in
-    hardware, else fp32"""
+    hardware, else fp32, whose convolutions are in TF32 on a GPU that has it"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where the model runs; auto: the GPU if there is one"""
     compile: bool = False
@@ -578,7 +579,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def _end(text: str, exit_code: int) -> None:
     if text:  # else another process of the run says it
         _say_error(text)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun's, see distributed.py
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # of torchrun's, see distributed.py
         end_at_once(exit_code)
     sys.exit(exit_code)
 
@@ -791,6 +792,11 @@ def commit() -> str:
     return ""
 
 
+def on_terminal() -> bool:
+    """Whether a bar can be drawn: on a terminal that says how wide it is."""
+    return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+
+
 class _Screen(logging.StreamHandler):
     """The screen, until nobody reads it any more; what is said still goes into the log file."""
 
@@ -806,7 +812,7 @@ def start_log(path: Path | None) -> None:
     log.setLevel(logging.DEBUG)
     handlers: list[logging.Handler] = [_Screen(sys.stdout)]
     # Lines of progress are debug messages: a terminal shows a bar in their place.
-    handlers[0].setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
+    handlers[0].setLevel(logging.INFO if on_terminal() else logging.DEBUG)
     if path is not None:
         # As run_stage sets the screen: a picture's name may be no UTF-8.
         handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))

@@ -41,7 +41,7 @@ from verifying import IMAGENET, IMAGENET_VAL
 import image_files
 from interruption import note_signals
 from store import PARTS, check_place, open_store
-from utils import EXIT_INTERRUPTED, UserError, format_duration, log
+from utils import EXIT_INTERRUPTED, UserError, format_duration, log, on_terminal
 
 CLI_VERSION = (2, 2, 4)  # the first that knows whether a half-finished file is of the same archive
 BETTER_VERSION = (2, 2, 5)  # the first that keeps it when the server fails while it goes on
@@ -374,7 +374,7 @@ def _follow(process: subprocess.Popen, archive: Archive, folder: Path) -> bool:
     Returns whether the disk is full.
     """
     told_at, told_bytes = time.monotonic(), _half_finished(archive, folder)[1]
-    hidden = not sys.stdout.isatty()
+    hidden = not on_terminal()
     with tqdm.tqdm(
         desc="downloading", unit="B", unit_scale=True, disable=hidden, file=sys.stdout, leave=False
     ) as bar:

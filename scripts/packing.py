@@ -34,7 +34,7 @@ import image_files
 import tiled_jpeg
 from interruption import note_signals
 from store import PARTS, Store, StoreWriter, check_place, open_store
-from utils import EXIT_FAILED, EXIT_INTERRUPTED, UserError, format_duration, log
+from utils import EXIT_FAILED, EXIT_INTERRUPTED, UserError, format_duration, log, on_terminal
 
 LABELS_FILE = "LOC_val_solution.csv"
 LOG_INTERVAL_S = 10.0
@@ -448,7 +448,7 @@ class Progress:
         self.doing, self.total, self.done, self.done_before = doing, total, done, done
         self.bytes = 0
         self.started = self.told_at = time.monotonic()
-        hidden = not sys.stdout.isatty()
+        hidden = not on_terminal()
         self.bar = tqdm.tqdm(
             total=total, initial=done, desc=doing, disable=hidden, file=sys.stdout, leave=False
         )

@@ -166,6 +166,8 @@ def test_the_command_writes_curve_and_picture_and_nothing_else(tmp_path: Path) -
         "trainer.py", *settings, "--max-lr-from-finder", "--log-interval-s", "1e-9"
     )
     assert trained.returncode == 0, trained.stderr
+    suggested = curve["suggested_max_lr"]
+    assert f"max_lr: {suggested:.3g}, which the LR finder gave" in trained.stdout
     first = next(line for line in trained.stdout.splitlines() if "step 1/" in line)
     assert f"loss {losses[0]:.2f}" in first
     config = json.loads((folder / "config.json").read_text())["config"]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Literal
@@ -384,3 +385,15 @@ def test_every_setting_is_in_one_of_the_two_lists() -> None:
     fields = {field.name for field in dataclasses.fields(utils.Config)}
     assert fields == utils.RESULT_SETTINGS | utils.FREE_SETTINGS
     assert not utils.RESULT_SETTINGS & utils.FREE_SETTINGS
+
+
+@pytest.mark.parametrize(("columns", "draws"), [(80, True), (0, False)])
+def test_a_bar_is_drawn_where_the_terminal_says_how_wide_it_is(columns: int, draws: bool) -> None:
+    ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    program = "import sys, utils; sys.exit(3 if utils.on_terminal() else 4)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=terminal, timeout=60)
+    os.close(ours)
+    os.close(terminal)
+    assert done.returncode == (3 if draws else 4)

@@ -64,9 +64,9 @@ class Run:
     loss: str = "cross_entropy"  # or bce
     label_smoothing: float = 0.0
     micro_batch_size: int = 0  # most images that are computed at once; 0: all of a batch
-    # The training model through torch.compile, for batches, or parts, of these sizes.
+    # The training model through torch.compile, for batches of this size; None, 0: never.
     compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
-    compiled_batch_sizes: frozenset[int] = frozenset()
+    compiled_batch_size: int = 0
     step: int = 0  # optimizer steps since the beginning
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a row an epoch
     best: torch.Tensor | None = None  # best.pt as it is to be: the bytes, of the best epoch so far
@@ -180,8 +180,7 @@ def new_run(config: Config, num_classes: int) -> Run:
     if config.compile:
         run.compiled = compiled(training_model, device)
         share = len(distributed.share(np.arange(config.batch_size)))
-        parts = distributed.micro_batches(config.batch_size, micro)
-        run.compiled_batch_sizes = frozenset((share // parts, -(-share // parts)))
+        run.compiled_batch_size = -(-share // distributed.micro_batches(config.batch_size, micro))
     return run
 
 
@@ -265,7 +264,7 @@ def train_step(
     divided = zip(*(tensor.tensor_split(parts) for tensor in whole), strict=True)
     for part, (some, their_labels, partners_labels) in enumerate(divided, start=1):
         # A smaller last batch is not worth a compilation of its own.
-        model = run.compiled if len(some) in run.compiled_batch_sizes else run.training_model
+        model = run.compiled if len(some) == run.compiled_batch_size else run.training_model
         with distributed.adds_up(run.training_model, part == parts):
             with autocast(run.device, run.precision):
                 logits = model(some).float()

@@ -793,8 +793,10 @@ def commit() -> str:
 
 
 def on_terminal() -> bool:
-    """Whether a bar can be drawn: on a terminal that says how wide it is."""
-    return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    """Whether a bar can be drawn: on a terminal that is there, and says how wide it is."""
+    with contextlib.suppress(OSError):
+        return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    return False
 
 
 class _Screen(logging.StreamHandler):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import resource
@@ -536,3 +537,22 @@ def test_a_long_first_step_does_not_end_the_timing(
     )
     assert timing.steps == preflight.TIMED_STEPS // 2
     assert timing.step_s < 0.5
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "told"), [(0, ""), (5, ""), (4, "1 of 3, are compiled: choose a")]
+)
+def test_parts_that_would_not_be_compiled_are_told(
+    micro_batch_size: int, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten images in parts of four are 4, 3 and 3."""
+    make_images(tmp_path, classes=2, images=5)
+    folders = {f"{part}_folder_name": str(tmp_path / part) for part in ("train", "val")}
+    sizes = {"batch_size": 10, "micro_batch_size": micro_batch_size}
+    config = Config(**folders, **sizes, compile=True, workers=1)
+    train_set, val_set, _ = image_files.open_images(config)
+    hardware = preflight.describe_hardware(torch.device("cpu"), "fp32")
+    caplog.set_level(logging.INFO)
+    preflight.describe_run(config, hardware, train_set, val_set, [])
+    assert ("larger parts of a batch" in caplog.text) == bool(told)
+    assert told in caplog.text

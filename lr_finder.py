@@ -142,8 +142,9 @@ def suggest(
     if breaks_off and not (falls and lowest < len(smoothed) - 1):
         raise no_number
     if not falls:
+        other = "lower --first-lr" if diverged(smoothed) else "higher --last-lr"
         raise UserError(
-            "the loss does not fall anywhere in this range: try a lower --first-lr or more --steps"
+            f"the loss does not fall anywhere in this range: try a {other}, or more --steps"
         )
     # Batches differ; of that, a moving average keeps the share under the root.
     steps = [later - earlier for earlier, later in itertools.pairwise(losses[: lowest + 1])]

@@ -44,9 +44,16 @@ def test_the_test_ends_once_the_loss_has_risen_by_half_of_its_fall() -> None:
     assert not lr_finder.diverged([2.3, 1.0, 2.6])  # an average of three steps says nothing
 
 
-@pytest.mark.parametrize("losses", [[2.3] * 200, [2.3 + rate for rate in RATES], [0.0] * 200])
-def test_a_loss_that_never_falls_gives_no_suggestion(losses: list[float]) -> None:
-    with pytest.raises(UserError, match="does not fall"):
+@pytest.mark.parametrize(
+    ("losses", "advice"),
+    [
+        ([2.3] * 200, "higher --last-lr"),
+        ([0.0] * 200, "higher --last-lr"),
+        ([2.3 + rate for rate in RATES], "lower --first-lr"),
+    ],
+)
+def test_a_loss_that_never_falls_gives_no_suggestion(losses: list[float], advice: str) -> None:
+    with pytest.raises(UserError, match=f"does not fall anywhere in this range: try a {advice}"):
         lr_finder.suggest(RATES, losses, losses)
 
 

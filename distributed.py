@@ -183,6 +183,12 @@ def micro_batches(batch_size: int, micro_batch_size: int) -> int:
     return -(-largest_share // (micro_batch_size or largest_share))
 
 
+def division(config: Config) -> tuple[int, int]:
+    """How many images of a whole batch this process computes, and in how many parts."""
+    parts = micro_batches(config.batch_size, config.micro_batch_size)
+    return len(share(np.arange(config.batch_size))), parts
+
+
 def check_shares(config: Config, images: int) -> None:
     """Refuse to compute fewer images at once than BatchNorm needs; raises UserError.
 

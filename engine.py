@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import augment
@@ -179,8 +178,8 @@ def new_run(config: Config, num_classes: int) -> Run:
         run.average = Average(model, config.average_steps)
     if config.compile:
         run.compiled = compiled(training_model, device)
-        share = len(distributed.share(np.arange(config.batch_size)))
-        run.compiled_batch_size = -(-share // distributed.micro_batches(config.batch_size, micro))
+        images, parts = distributed.division(config)
+        run.compiled_batch_size = -(-images // parts)
     return run
 
 

@@ -30,7 +30,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, log
+from utils import UserError, log, write_nowhere
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAVE_SIGNAL = signal.SIGUSR1
@@ -87,7 +87,7 @@ def note_signals(nothing_to_save: bool = False) -> Requests:
         for output in (1, 2):
             with contextlib.suppress(OSError):
                 if stat.S_ISCHR(os.fstat(output).st_mode):  # the terminal, which is gone
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+                    write_nowhere(output)
         stop()
 
     signal.signal(signal.SIGTERM, stop)

@@ -181,8 +181,7 @@ def describe_run(
         log.info("max_lr: %.3g, which the LR finder gave when the run began", config.max_lr)
     if config.compile:
         log.info("the first step of each size of the crops is compiled, which can take minutes")
-        images = len(distributed.share(np.arange(config.batch_size)))
-        parts = distributed.micro_batches(config.batch_size, config.micro_batch_size)
+        images, parts = distributed.division(config)
         if larger := images % parts:
             log.info(
                 "only the larger parts of a batch, %d of %d, are compiled: choose a "

@@ -472,7 +472,7 @@ def say_interrupted(
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and the step under way has ended."""
+    """The run was asked to stop, and the step under way has ended, or changed nothing yet."""
 
 
 @contextlib.contextmanager
@@ -651,7 +651,7 @@ def main() -> None:
     keeper = Keeper(run, config, identity, requests, session, saver)
 
     requests.nothing_to_save = False
-    short_of_memory = begun = False
+    short_of_memory = False
     exit_code = 0
     last_copies_s = mirror.INTERRUPTED_S
     with contextlib.ExitStack() as at_end:  # each is called, whatever the others raise
@@ -683,12 +683,13 @@ def main() -> None:
             # Of several processes, the others wait for this step.
             if not is_out_of_memory(error) or distributed.processes() > 1:
                 raise
-            short_of_memory, begun = True, state is not None or run.step > 0
+            short_of_memory = True
             if not run.model.training:  # in validation; a step broken off would be half done
                 keeper.save()
     if short_of_memory:  # by now the error is gone, and with it the memory of the step that failed
         setting = "micro_batch_size" if config.micro_batch_size else "batch_size"
         setting = setting if run.model.training else "val_batch_size"
+        begun = state is not None or run.step > 0
         raise UserError(advise_batch_size(run, config, setting, begun))
     # This waits for all: torchrun ends the main process if another ends before it.
     sys.exit(from_main(ended, exit_code, copies))

@@ -799,6 +799,13 @@ def on_terminal() -> bool:
     return False
 
 
+def write_nowhere(descriptor: int) -> None:
+    """Let what is written there go nowhere from now on, since nobody can read it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 class _Screen(logging.StreamHandler):
     """The screen, until nobody reads it any more; what is said still goes into the log file."""
 
@@ -806,7 +813,7 @@ class _Screen(logging.StreamHandler):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
             return
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        write_nowhere(self.stream.fileno())
 
 
 def start_log(path: Path | None) -> None:

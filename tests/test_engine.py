@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,19 +160,30 @@ def test_a_checkpoint_without_factors_of_the_learning_rate_goes_on(
     assert [group["lr"] for group in run.optimizer.param_groups] == [0.1]
 
 
-def test_only_whole_batches_are_compiled(settings: dict[str, object]) -> None:
-    run = engine.new_run(Config(**settings), 3)
+@pytest.mark.parametrize(("micro_batch_size", "parts"), [(0, [10]), (4, [4]), (5, [5, 5])])
+def test_the_larger_parts_of_whole_batches_are_compiled(
+    micro_batch_size: int,
+    parts: list[int],
+    settings: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not the 3 and 3 beside 4, nor a smaller last batch."""
     seen = []
 
-    def compiled(images: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(images.shape))
-        return run.model(images)
+    def compiled(model: torch.nn.Module, _: torch.device) -> Callable[..., torch.Tensor]:
+        def watched(images: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(images.shape))
+            return model(images)
 
-    run.compiled, run.compiled_batch_size = compiled, 8
-    for size, px in ((8, 32), (5, 32), (8, 64)):
+        return watched
+
+    monkeypatch.setattr(engine, "compiled", compiled)
+    sizes = {"batch_size": 10, "micro_batch_size": micro_batch_size, "compile": True}
+    run = engine.new_run(Config(**{**settings, **sizes}), 3)
+    for size, px in ((10, 32), (2, 32), (10, 64)):
         batch = torch.zeros((size, px, px, 3), dtype=torch.uint8)
         engine.train_step(run, batch, torch.zeros(size, dtype=torch.int64), 0.0)
-    assert seen == [(8, 3, 32, 32), (8, 3, 64, 64)]
+    assert seen == [(part, 3, px, px) for px in (32, 64) for part in parts]
 
 
 def test_counts_are_those_of_a_plain_count() -> None:

@@ -224,11 +224,12 @@ def test_too_little_memory_names_a_batch_that_fits(settings: Settings, tmp_path:
         **{f"{part}_folder_name": str(tmp_path / "many" / part) for part in ("train", "val")},
         **{"batch_size": 128, "val_batch_size": 16, "epochs": 1},
     }
-    line = error_line(train_with(SMALL_GPU, settings), 2)
-    assert line == (
-        "error: batch_size is 128: it does not fit into the GPU's memory at 32 px; --batch-size 98 "
-        "would, as was tried just now, with --max-lr 0.0153 to go with it"
-    )
+    for options in (["--dry-run"], []):
+        line = error_line(train_with(SMALL_GPU, settings, *options), 2)
+        assert line == (
+            "error: batch_size is 128: it does not fit into the GPU's memory at 32 px; "
+            "--batch-size 98 would, as was tried just now, with --max-lr 0.0153 to go with it"
+        )
     # Nothing was changed by itself, and what it named trains, up to the validation.
     assert not list(run_folder(settings).glob("checkpoints/*.pt"))
     line = error_line(train_with(SMALL_GPU, {**settings, "batch_size": 98}), 2)
@@ -255,8 +256,8 @@ def test_a_run_that_has_begun_is_told_to_compute_its_batches_in_parts(
     assert advice in error_line(train_with(first, settings), 2)
     # Its first epoch has not ended, but there is a checkpoint, with its batch_size.
     assert list(run_folder(settings).glob("checkpoints/*.pt"))
-    for again in (settings, {**settings, "dry_run": True}):
-        assert advice in error_line(train_with(SMALL_GPU, again), 2)
+    for options in (["--dry-run"], []):
+        assert advice in error_line(train_with(SMALL_GPU, settings, *options), 2)
     done = train_with("", {**settings, "micro_batch_size": 96})
     assert done.returncode == 0, done.stderr
     assert "resumed after 0 epochs and 1 steps" in done.stdout

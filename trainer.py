@@ -19,7 +19,6 @@ everything saved, 76 that its budget is spent, 77 that it is finished but its mi
 
 import contextlib
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -439,11 +438,13 @@ def report(
 
 
 def write_tensorboard(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Write the whole history as TensorBoard's scalars: one file, however often it was resumed."""
+    """Write the whole history as TensorBoard's scalars, in a file that takes former files' place.
+
+    Those stay: of a file that is gone, TensorBoard's slower loader never reads the next one.
+    """
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and rarely asked for
 
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    with SummaryWriter(folder / "tensorboard") as writer:
+    with SummaryWriter(folder / "tensorboard", purge_step=1) as writer:
         for row in history:
             for key, value in row.items():
                 writer.add_scalar(key.replace("_", "/", 1), value, row["epoch"])

@@ -21,6 +21,8 @@ import quick_start
 import torch
 import torchvision
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.util.tensor_util import make_ndarray
 
 import augment
 import checkpoint
@@ -257,6 +259,24 @@ def test_a_run_is_saved_when_that_is_due_and_stops_once_its_budget_is_spent() ->
     spent_usd = 5.0
     with pytest.raises(trainer.Interrupted):
         keeper.heed(None)
+
+
+def test_a_tensorboard_that_is_open_follows_a_run_that_goes_on_from_an_earlier_epoch(
+    tmp_path: Path,
+) -> None:
+    """Read by the loader that TensorBoard has where its quick one is not installed."""
+    board = EventMultiplexer()
+    rows = [{"epoch": epoch, "val_top1": 10.0 * epoch} for epoch in (1, 2, 3)]
+    again = [*rows[:1], {"epoch": 2, "val_top1": 21.0}]
+    for history in (rows[:1], rows[:2], rows, again):
+        trainer.write_tensorboard(tmp_path, history)
+        board.AddRunsFromDirectory(str(tmp_path))
+        board.Reload()
+        shown = [
+            (event.step, float(make_ndarray(event.tensor_proto)))
+            for event in board.Tensors("tensorboard", "val/top1")
+        ]
+        assert shown == [(row["epoch"], row["val_top1"]) for row in history]
 
 
 def brute_force_correct(model: torch.nn.Module, settings: dict[str, object]) -> int:

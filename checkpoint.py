@@ -245,7 +245,8 @@ def check_room(folder: Path, weights_bytes: int, checkpoint_bytes: int) -> tuple
     # Checkpoints, of which one may be under way, and two weight files, of which the same holds.
     needed_bytes = (GENERATIONS_KEPT + 1) * checkpoint_bytes + 3 * weights_bytes
     held_bytes = 0
-    for path in folder.rglob("*.pt"):
+    # Nothing else is replaced; an export, which is as large, stays.
+    for path in (*generations(folder / "checkpoints"), folder / "best.pt", folder / "last.pt"):
         with contextlib.suppress(FileNotFoundError):  # another process trains there
             held_bytes += path.stat().st_size
     free_bytes = shutil.disk_usage(existing).free

@@ -4,6 +4,7 @@ import hashlib
 import random
 import shutil
 import types
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,32 @@ def test_weights_are_those_that_a_checkpoint_stands_for(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "best.pt")["weight"] == 1
 
 
+def test_what_is_said_to_be_saved_is_on_the_disk(tmp_path: Path) -> None:
+    """A mirror is told then, and copies what it finds: the checkpoint, and the epoch's weights."""
+    found = []
+
+    def look() -> None:
+        state = checkpoint.load_latest(tmp_path / "checkpoints")
+        found.append((state["step"], (tmp_path / "last.pt").exists()))
+
+    saver = checkpoint.BackgroundSaver(tmp_path, look)
+    for step, epochs in ((3, 0), (5, 1)):
+        saver.save(make_state(step, epochs))
+        saver.wait()
+    assert found == [(3, False), (5, True)]
+
+
+def test_a_save_that_has_failed_is_told_without_waiting_for_the_next(tmp_path: Path) -> None:
+    saver = checkpoint.BackgroundSaver(tmp_path)
+    (tmp_path / "checkpoints").touch()
+    saver.check()
+    saver.save(make_state(3))
+    wait([saver._underway])
+    with pytest.raises(NotADirectoryError):
+        saver.check()
+    saver.check()  # once
+
+
 def test_a_failed_background_save_is_raised_at_the_next_call(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     saver = checkpoint.BackgroundSaver(tmp_path)
@@ -184,6 +211,24 @@ def test_saving_after_a_damaged_checkpoint_keeps_the_whole_ones(tmp_path: Path, 
     ]
 
 
+def test_a_save_further_on_than_a_damaged_checkpoint_keeps_the_whole_one(tmp_path: Path) -> None:
+    """What was loaded is at step 1, the damaged one at 2: its place is not a generation's."""
+    whole = checkpoint.save(tmp_path, make_state(1))
+    checkpoint.save(tmp_path, make_state(2)).write_bytes(b"damaged")
+    assert checkpoint.load_latest(tmp_path)["step"] == 1
+    newest = checkpoint.save(tmp_path, make_state(3))
+    assert checkpoint.generations(tmp_path) == [newest, whole]
+
+
+@pytest.mark.parametrize("changed", [("train",), ("val",), ("train", "val")])
+def test_a_run_goes_on_with_its_own_images_only(changed: tuple[str, ...]) -> None:
+    images = {"train": "1f", "val": "2f"}
+    checkpoint.check_images({"images": images}, dict(images))
+    others = {**images, **dict.fromkeys(changed, "3f")}
+    with pytest.raises(UserError, match=f"the {' and '.join(changed)} images are not those"):
+        checkpoint.check_images({"images": images}, others)
+
+
 def test_a_run_belongs_to_one_process(tmp_path: Path) -> None:
     first = checkpoint.lock(tmp_path)
     with pytest.raises(UserError, match="another process trains in"):
@@ -204,7 +249,15 @@ def test_what_another_process_saved_meanwhile_is_not_undone(tmp_path: Path) -> N
 
 
 def test_what_another_process_has_just_removed_takes_no_room(tmp_path: Path) -> None:
-    (tmp_path / "kept.pt").write_bytes(bytes(1000))
-    (tmp_path / "gone.pt").symlink_to("nothing")  # for stat the same
+    (tmp_path / "last.pt").write_bytes(bytes(1000))
+    (tmp_path / "best.pt").symlink_to("nothing")  # for stat the same
     free, needed = checkpoint.check_room(tmp_path, 1000, 1000)
     assert needed == 5000 and free > 0
+
+
+def test_what_stays_beside_the_checkpoints_leaves_them_no_room(tmp_path: Path) -> None:
+    size = checkpoint.save(tmp_path / "checkpoints", make_state(1)).stat().st_size
+    (tmp_path / "export").mkdir()
+    for name in ("export/model.pt", "mine.pt"):
+        (tmp_path / name).write_bytes(bytes(10**6))
+    assert checkpoint.check_room(tmp_path, 10**6, 10**6)[1] == 6 * 10**6 - size

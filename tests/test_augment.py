@@ -5,6 +5,7 @@ import itertools
 import math
 import shutil
 import signal
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,24 @@ def test_crops_of_neighbours_have_nothing_in_common(neighbour: dict[str, int]) -
     second = random_crops(375, 500, 0.08, count + shift, seed, epoch)[shift:]
     for one, other in zip(first.T, second.T, strict=True):
         assert abs(np.corrcoef(one, other)[0, 1]) < 4.5 / count**0.5  # deviations
+
+
+def test_a_picture_of_a_pixel_has_a_crop_of_it() -> None:
+    """Most shares of it are rounded to nothing."""
+    crops = random_crops(1, 1, 0.08, 50)
+    assert (crops[:, :4] == [0, 0, 1, 1]).all()
+
+
+def test_no_thread_draws_from_anothers_stream() -> None:
+    """Others draw between any two words of a picture's."""
+    expected = augment.random_words(3, 5, 7).random_raw(4).tolist()
+    word, found = augment.random_words(3, 5, 7).random_raw, []
+    for index in range(4):
+        other = threading.Thread(target=lambda i=index: augment.random_crop(0, 0, i, 9, 9, 0.1))
+        other.start()
+        other.join()
+        found.append(word())
+    assert found == expected
 
 
 def test_crops_and_order_are_the_same_when_asked_again() -> None:

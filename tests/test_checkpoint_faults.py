@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import pickle
 import random
 import re
@@ -362,6 +363,22 @@ def test_whatever_stands_in_a_checkpoints_place_is_left_aside_and_training_goes_
         checkpoint.save(tmp_path, again)
         assert whole_steps(tmp_path) == [step, step - 1]
         assert same(checkpoint.load_latest(tmp_path), again)
+
+
+def test_no_checkpoint_is_run_as_a_program(tmp_path: Path) -> None:
+    """Whoever can write to a mirror shall not thereby command the machines that read it."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    checkpoint.save(folder, make_state(1))
+    content = checkpoint.encode({**make_state(2), "best": Trap()})
+    foreign(content)(checkpoint.save(folder, make_state(2)))
+    assert same(checkpoint.load_latest(folder), make_state(1))
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_a_checkpoint_that_the_disk_does_not_read_for_a_while_is_kept(

@@ -141,6 +141,14 @@ def test_the_numbers_are_those_worked_out_by_hand(folder: Path) -> None:
     assert reached == {"25": second, "50": second, "60": third, "70": third, "75": third}
 
 
+def test_an_accuracy_is_reached_exactly_and_kept_as_the_best_of_all_epochs(folder: Path) -> None:
+    rows = [{**row, "val_top1": top1} for row, top1 in zip(ROWS, (24.9, 75.0, 74.9), strict=True)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = record(folder)
+    assert whole["best_top1"] == 75.0
+    assert whole["usd_to_top1"]["75"]["epoch"] == 2
+
+
 def test_the_page_says_the_same_and_has_a_picture(folder: Path) -> None:
     done = command(folder)
     page = (folder / "cost.md").read_text()
@@ -209,6 +217,14 @@ def test_a_start_from_before_the_first_price_is_not_for_nothing(
     )
     says = refusal(folder, "--spot-prices", path)
     assert "the run at 1970-01-01T00:00:10.000Z" in says and "or give --price-per-hour" in says
+
+
+def test_a_price_from_the_very_second_of_the_first_start_is_known(folder: Path) -> None:
+    began = sessions.seconds(FIRST["began"])
+    entry = {**SPOT_PRICES["SpotPriceHistory"][0], "Timestamp": FIRST["began"]}
+    text = json.dumps({"SpotPriceHistory": [entry]})
+    prices, _ = cost_report.read_spot_prices(text, "prices.json", began)
+    assert prices == [(began, 7.0)]
 
 
 def test_spot_prices_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -358,11 +374,37 @@ def test_sessions_that_begin_in_the_middle_of_a_run_are_added_to_its_metrics(fol
     assert "Of the first 2 epochs there is no sessions.jsonl" in (folder / "cost.md").read_text()
 
 
+def test_steps_are_done_twice_up_to_the_furthest_that_any_start_had_reached(folder: Path) -> None:
+    """Killed at step 2200, then, gone on with from 2000, at 2100, before another checkpoint."""
+    between = {**LINES[4], "session": "between", "began": "2026-11-24T02:15:00Z"}
+    its = [between, {**between, "alive_s": 800, "step": 2100}]
+    write_lines(folder, [*LINES[:4], *its, *LINES[4:]])
+    whole = record(folder)
+    assert [session["steps_twice"] for session in whole["sessions"]] == [0, 100, 200]
+    assert math.isclose(whole["twice_s"], 200 + 400)
+
+
 def test_a_copy_of_the_sessions_in_another_order_changes_nothing(folder: Path) -> None:
     """A mirror's lines come before those that are here alone."""
     whole = record(folder)
     write_lines(folder, [*LINES[4:], *LINES[:4]])
     assert record(folder) == whole
+
+
+def test_an_epoch_that_was_finished_twice_costs_what_it_did_by_the_second_time(
+    folder: Path,
+) -> None:
+    """The second start goes on from the end of epoch 1: of epoch 2 its row is the one that stays.
+
+    It ends at $2 + $0.2222, not at $1.8333.
+    """
+    again = {**SHARED, **SECOND, "first_step": 1000, "ended": None}
+    ends = ((600, 1000, 1), (1600, 2000, 2), (2600, 3000, 3))
+    later = [{**again, "alive_s": s, "step": step, "epochs": epochs} for s, step, epochs in ends]
+    write_lines(folder, [*LINES[:4], *later])
+    whole = record(folder)
+    assert [round(point["usd"], 4) for point in whole["curve"]] == [1.0, 2.2222, 2.3611]
+    assert round(whole["usd_to_top1"]["50"]["usd"], 4) == 2.2222
 
 
 def test_an_hour_in_which_two_machines_train_is_paid_twice_and_passes_once(folder: Path) -> None:
@@ -377,6 +419,15 @@ def test_an_hour_in_which_two_machines_train_is_paid_twice_and_passes_once(folde
     write_lines(folder, [*LINES[:4], third, *LINES[4:]])
     whole = record(folder)
     assert math.isclose(whole["wall_s"], 4 * 3600) and math.isclose(whole["away_s"], 3600)
+
+
+def test_a_machine_that_began_last_and_went_first_does_not_end_the_run(folder: Path) -> None:
+    """It is there for ten minutes from 0:30 on; the first goes on until 2."""
+    second = {**LINES[4], "began": "2026-11-24T00:30:00Z", "ended": "signal"}
+    write_lines(folder, [*LINES[:4], second])
+    whole = record(folder, "--storage-usd-per-month", 73)
+    assert math.isclose(whole["wall_s"], 2 * 3600) and whole["away_s"] == 0
+    assert math.isclose(whole["storage_usd"], 0.2)
 
 
 def test_a_config_json_without_a_price_is_refused_where_it_is_needed(folder: Path) -> None:

@@ -323,6 +323,7 @@ def test_several_processes_compute_what_one_does(
         ({"batch_size": 8, "sync_batchnorm": True}, 4, "last batch of 5 .* with 0 .* use 3 proc"),
         ({"batch_size": 9, "micro_batch_size": 2}, 1, "of 9 .* 1 at once.*larger --micro-batch-si"),
         ({"batch_size": 7, "micro_batch_size": 3}, 2, "of 7 .* 1 at once.*larger --micro-batch-si"),
+        ({"batch_size": 4, "sync_batchnorm": True}, 1, "last batch of 1 .* needs 2: use"),
         ({"batch_size": 8, "sync_batchnorm": True}, 3, ""),
         ({"batch_size": 8}, 2, ""),
         ({"batch_size": 7, "micro_batch_size": 3}, 1, ""),
@@ -357,6 +358,45 @@ def test_a_single_process_has_nothing_to_ask(monkeypatch: pytest.MonkeyPatch) ->
     distributed.wait_for_all()
     with pytest.raises(UserError, match="as it is"), distributed.agreed():
         raise UserError("as it is")
+
+
+@pytest.mark.parametrize("error", [UserError("damaged"), OSError(5, "Input/output error")])
+def test_what_reading_a_batch_raises_is_heard_by_all_before_it_ends_one(error: Exception) -> None:
+    def batches() -> Iterator[int]:
+        yield 7
+        raise error
+
+    heard: list[Exception | None] = []
+    taken = distributed.heeded(batches(), heard.append)
+    assert (next(taken), heard) == (7, [None])
+    with pytest.raises(type(error)):
+        next(taken)
+    assert heard == [None, error]
+    heard.clear()
+    assert list(distributed.heeded(iter([1, 2]), heard.append)) == [1, 2]
+    assert heard == [None] * 3  # the end too
+
+
+def test_each_process_has_the_gpu_of_its_number_on_its_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second machine's processes, 4 to 7 of all, where each has four GPUs, or two."""
+    chosen: list[int] = []
+    monkeypatch.setattr(distributed, "processes", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    gpus = 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for number in range(4):
+        monkeypatch.setenv("RANK", str(4 + number))
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        assert distributed.choose_gpu() == torch.device("cuda", number)
+    assert chosen == [0, 1, 2, 3]
+    gpus = 2
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.choose_gpu() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="has 2 GPUs for more processes: use --nproc_per_node=2"):
+        distributed.choose_gpu()
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,13 @@ def test_counts_are_those_of_a_plain_count() -> None:
     assert math.isclose(row["val_loss"], whole, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "counted"), [(2.5, 0), (math.nan, 1), (math.inf, 1)])
+def test_a_loss_without_end_is_no_number_either(loss: float, counted: int) -> None:
+    trouble = engine.new_totals(torch.device("cpu"))["trouble"]
+    engine.add_trouble(trouble, torch.tensor(loss), torch.tensor(False))
+    assert trouble.tolist() == [0, 0, counted]
+
+
 def test_the_step_is_sgd_as_torch_has_it(settings: dict[str, object]) -> None:
     """One train_step against the same step written out: loss, and every weight."""
     # Residual branches that start at zero: else a fresh network doubles every rounding error.
@@ -341,3 +348,31 @@ def test_a_run_begun_on_a_gpu_goes_on_without_loss_scaling(settings: dict[str, o
     assert run.state()["scaler"] == {}
     scaled = dataclasses.replace(run, scaler=torch.amp.GradScaler("cpu", enabled=True))
     scaled.load(run.state())  # and the other way round
+
+
+def test_what_a_run_has_taken_and_found_so_far_is_not_forgotten_at_a_stop(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    """Seconds of the epoch and of the run, rows, and the best weights, of a start before."""
+    config = Config(**settings)
+    run = engine.new_run(config, 3)
+    run.step, run.history, run.epoch_s, run.elapsed_s = 4, [{"epoch": 1}], 12.5, 100.25
+    run.best = torch.arange(5, dtype=torch.uint8)
+    checkpoint.save(tmp_path, run.state())
+    resumed = engine.new_run(config, 3)
+    resumed.load(checkpoint.load_latest(tmp_path))
+    for name in ("step", "history", "epoch_s", "elapsed_s"):
+        assert getattr(resumed, name) == getattr(run, name), name
+    assert torch.equal(resumed.best, run.best)
+
+
+def test_loss_scaling_goes_on_where_it_was(settings: dict[str, object]) -> None:
+    """Else a resumed run would scale, and so round and skip, otherwise than one without a stop."""
+    run = engine.new_run(Config(**settings), 3)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "_growth_tracker": 1999})
+    state = run.state()
+    run.scaler = torch.amp.GradScaler("cpu")
+    run.load(state)
+    assert run.scaler.state_dict() == state["scaler"]
+    assert (run.scaler.get_scale(), run.state()["scaler"]["_growth_tracker"]) == (512.0, 1999)

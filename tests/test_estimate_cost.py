@@ -188,6 +188,10 @@ def test_a_gpus_measured_rates_take_the_place_of_the_published_one(tmp_path: Pat
     hours = 10 * (1_281_167 + 50_000 / 3) / 2000 / 3600
     assert rows(answer.stdout)[0][3] == f"{hours:.1f}"
 
+    # Of 160 px the nearest is 128, of 224 px 256: scaled by the pixels.
+    found = [estimate_cost.gpu_rate({128: 2000.0, 256: 1000.0}, px) for px in (160, 224)]
+    assert found == [2000 * (128 / 160) ** 2, 1000 * (256 / 224) ** 2]
+
     path.write_text(json.dumps({**record, "sizes": []}))
     refused = estimate(tmp_path, "--step-benchmark", str(path))
     assert refused.returncode == 2 and "has no size: its measurement was broken" in refused.stderr

@@ -287,6 +287,17 @@ def test_accuracy_at_several_sizes(runs: Path, tmp_path: Path, monkeypatch) -> N
     assert not (tmp_path / "sizes.png").exists() and not (tmp_path / "worst.png").exists()
 
 
+def test_all_sizes_are_shown_in_the_same_way(runs: Path, tmp_path: Path, monkeypatch) -> None:
+    """With the mirror image too, where that is asked for."""
+    out = ("--runs-folder", runs, "--output", tmp_path, "--worst", 0, "--flip-average")
+    run_main(monkeypatch, *out, "--sizes", 48)
+    row = result_of(tmp_path)["sizes"][1]
+    run_main(monkeypatch, *out, "--val-px", 48)
+    alone = result_of(tmp_path)
+    assert (row["val_px"], counts_of(row)) == (48, counts_of(alone))
+    assert row["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
+
+
 def test_some_of_the_models_classes(runs: Path, tmp_path: Path, monkeypatch) -> None:
     """Their labels are the model's, not their positions among themselves; it may say any class."""
     for name in ("kind_b", "kind_d", "kind_g"):
@@ -444,6 +455,14 @@ def test_classes_and_pairs_by_hand() -> None:
         ("d", "dog", 3, 0, 0, 0.0, 0.0, "ape", 3),
     ]
     assert [row["class"] for row in error_analysis.worst_first(rows)] == ["d", "a", "b"]
+
+
+def test_of_equally_bad_classes_that_with_more_images_is_the_worse() -> None:
+    rows = [
+        {"class": name, "top1": top1, "images": images}
+        for name, top1, images in (("a", 50.0, 2), ("b", 0.0, 1), ("d", 50.0, 8), ("c", 50.0, 8))
+    ]
+    assert [row["class"] for row in error_analysis.worst_first(rows)] == ["b", "c", "d", "a"]
 
 
 def test_wilsons_interval() -> None:

@@ -78,6 +78,28 @@ def test_with_nothing_to_save_the_first_signal_ends_it(first: signal.Signals) ->
     assert requests.stop
 
 
+def test_a_file_is_written_on_when_the_terminal_has_gone(tmp_path: Path) -> None:
+    """As of `python3 trainer.py > said`; the terminal's own output goes nowhere."""
+    program = """if True:
+        import os, signal, interruption
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        requests = interruption.note_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        print(requests.stop)
+    """
+    said = tmp_path / "said"
+    with said.open("wb") as file:
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=REPOSITORY,
+            env=COMMAND_ENVIRONMENT,
+            stdout=file,
+            stderr=file,
+            check=True,
+        )
+    assert said.read_text() == "True\n"
+
+
 def test_storms_of_signals_neither_hang_nor_kill_until_the_very_end() -> None:
     program = """if True:
         import time, interruption, torch

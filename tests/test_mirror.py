@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -549,6 +550,35 @@ def test_a_store_that_stops_reading_is_given_up(
     assert time.monotonic() - started < 5
 
 
+def test_tries_are_up_to_a_minute_apart_and_begin_anew_once_one_was_good(
+    folder: Path, tmp_path: Path
+) -> None:
+    copies = mirror.start(Disk(tmp_path / "disk").url, folder)
+    waits: list[float] = []
+    wait, sizes, failures = copies._changed.wait_for, copies.store.sizes, 8
+
+    def hardly_wait(condition: Any, seconds: float | None = None) -> bool:
+        if seconds is None:
+            return wait(condition)
+        waits.append(seconds)
+        return wait(condition, 0.001)
+
+    def fail() -> dict[str, int]:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise TimeoutError
+        return sizes()
+
+    copies._changed.wait_for, copies.store.sizes = hardly_wait, fail
+    for step in (1, 2):
+        save(folder, step)
+        copies.copy()
+        wait_for(copies.is_complete)
+        failures = 1
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 1]
+
+
 def test_a_wait_for_another_try_ends_with_the_run(
     folder: Path, bucket: Bucket, proxy: Proxy
 ) -> None:
@@ -687,6 +717,28 @@ def test_damaged_checkpoints_here_are_mended_from_the_mirror(folder: Path, tmp_p
     assert newest.read_bytes() == whole[f"checkpoints/{newest.name}"]
 
 
+def test_what_another_process_saves_here_while_the_mirror_is_read_is_not_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Disk(tmp_path / "disk")
+    save(folder, 9, epochs=1)
+    assert mirror.start(place.url, folder).finish(10)
+    shutil.rmtree(folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    read, saved = mirror._FolderStore.read, {}
+
+    def read_meanwhile(store: Any, name: str) -> bytes:
+        if not saved:
+            save(folder, 12, epochs=2)
+            saved.update(contents(folder))
+        return read(store, name)
+
+    monkeypatch.setattr(mirror._FolderStore, "read", read_meanwhile)
+    with pytest.raises(UserError, match=r"another process has just saved to .*same command again"):
+        mirror.start(place.url, folder)
+    assert contents(folder) == saved
+
+
 def test_a_mirror_that_is_further_on_is_neither_followed_nor_replaced(
     folder: Path, bucket: Bucket, proxy: Proxy, caplog: Any
 ) -> None:
@@ -764,6 +816,17 @@ def test_the_same_run_goes_on_in_its_mirror(
     save(folder, 9)
     assert mirror.start(place.url, folder).finish(10)
     assert_complete(place, folder)
+
+
+def test_a_run_that_was_extended_otherwise_is_another_one(folder: Path, tmp_path: Path) -> None:
+    place = Disk(tmp_path / "disk")
+    write_config(folder, extra_epochs=2)
+    mirrored(place, folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    write_config(folder, extra_epochs=3)
+    save(folder, 11, epochs=1)
+    with pytest.raises(UserError, match=r"holds another run .*extra_epochs was 2, is 3"):
+        mirror.start(place.url, folder)
 
 
 def test_a_run_that_fell_back_replaces_what_it_copied_itself(folder: Path, tmp_path: Path) -> None:
@@ -950,6 +1013,28 @@ def test_at_a_start_what_passes_by_itself_is_waited_for(
     timer.join()
     assert newest.exists()
     assert said(caplog, f"cannot be read yet ({words}") == 1
+
+
+def test_an_error_that_nobody_knows_is_told_by_its_name_alone() -> None:
+    class OddError(Exception):
+        """Its own text has the signed address that failed."""
+
+    assert mirror.in_words(OddError(f"GET https://host/key?sig={SECRET}")) == "OddError"
+
+
+@pytest.mark.parametrize(
+    ("status", "may_pass"),
+    [(429, True), (500, True), (503, True), (400, False), (403, False), (404, False)],
+)
+def test_a_store_that_is_busy_is_waited_for_and_one_that_refuses_is_not(
+    status: int, may_pass: bool
+) -> None:
+    """As boto3 tells it, and as huggingface_hub does."""
+    answer = {"ResponseMetadata": {"HTTPStatusCode": status}}
+    from_hub = OSError("busy")
+    from_hub.response = types.SimpleNamespace(status_code=status)
+    for error in (botocore.exceptions.ClientError(answer, "ListObjectsV2"), from_hub):
+        assert mirror._may_pass(error) == may_pass
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils import flop_counter
 
 import engine
 from muon import Muon, orthogonalize
@@ -29,6 +30,22 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(
         least = 0.65 if shape[1] != shape[2] else 0.0
         assert least < values.min() and values.max() < 1.25
         assert values.median() > 0.65
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 60), (3, 60, 24)])
+def test_the_smaller_of_the_two_products_with_itself_is_computed(
+    shape: tuple[int, int, int],
+) -> None:
+    """Five rounds of 4 m^2 n + 2 m^3 for each matrix, m the shorter side; else up to ten times."""
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.ones(shape), torch.float32)
+    assert counter.get_total_flops() == 3 * 5 * (4 * 24**2 * 60 + 2 * 24**3)
+
+
+def test_a_weight_without_gradient_gets_no_step() -> None:
+    """As the convolutions of a residual branch that starts at zero have none at first."""
+    assert orthogonalize(torch.zeros(2, 8, 24), torch.float32).abs().max() == 0
+    assert orthogonalize(torch.zeros(2, 8, 24), torch.bfloat16).abs().max() == 0
 
 
 class Small(nn.Module):

@@ -127,6 +127,28 @@ def test_a_line_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
     assert begin(tmp_path).before_usd == sessions.price_usd([kept])
 
 
+@pytest.mark.parametrize("name", [*sessions.NUMBERS, *sessions.COUNTS])
+def test_a_line_with_a_negative_number_lowers_no_price(tmp_path: Path, name: str) -> None:
+    kept = begin(tmp_path).line
+    with open(tmp_path / sessions.FILE, "a") as file:
+        file.write(f"\n{json.dumps({**kept, name: -1})}")
+    assert sessions.read(tmp_path) == [kept]
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+def test_a_moment_without_a_zone_is_utc_wherever_the_machine_is(
+    zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", zone)
+        time.tzset()
+        found = [sessions.seconds(f"2026-11-24T08:22:00{utc}") for utc in ("", "Z", "+00:00")]
+        said = sessions.utc(found[0])
+    time.tzset()
+    assert found == [1795508520.0] * 3
+    assert said == "2026-11-24T08:22:00.000Z"
+
+
 def test_a_disk_that_is_full_is_told_once_and_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +160,18 @@ def test_a_disk_that_is_full_is_told_once_and_stops_nothing(
     session.end()
     (record,) = caplog.records
     assert "cannot be written (No space left on device)" in record.getMessage()
+
+
+def test_a_session_began_when_its_process_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour before its first line here: began and alive_s together tell when that was written."""
+    started = time.clock_gettime(time.CLOCK_BOOTTIME) - 3600
+    monkeypatch.setattr(sessions, "_process_started", lambda: started)
+    began = time.time() - 3600
+    line = begin(tmp_path).line
+    assert 3600 <= line["startup_s"] < 3660
+    assert began - 0.1 <= sessions.seconds(line["began"]) < began + 60
 
 
 def test_the_time_is_that_of_the_process_and_no_clock_can_shift_it(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Trials: real runs of the trainer one after another, and what their table says of them."""
 
+import dataclasses
 import json
 import math
 import os
@@ -292,6 +293,26 @@ def test_a_trainer_that_the_system_kills_has_not_failed(
     assert run_here("raise AssertionError('not again')\n") == 1  # a failure stays one
 
 
+def test_a_line_has_the_last_epochs_counts_and_the_time_of_all(tmp_path: Path) -> None:
+    """The best of the epochs would favour the noisy."""
+    config = dataclasses.replace(RECIPES["fast"].config, name="run", runs_folder=str(tmp_path))
+    rows = [
+        {
+            **dict.fromkeys(trials.FIELDS, 1.0),
+            "val_correct1": correct,
+            "val_images": 12,
+            "train_s": train_s,
+        }
+        for correct, train_s in ((3, 10.0), (9, 20.0), (5, 40.0))
+    ]
+    (tmp_path / "run").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run/metrics.jsonl").write_text(text)
+    line = trials.outcome(config, 0, "plain", 0)
+    assert (line["correct1"], line["epochs_correct1"]) == (5, [3, 9, 5])
+    assert (line["train_s"], line["val_s"], line["epochs"]) == (70, 3, 3)
+
+
 def test_a_run_whose_mirror_lacks_something_is_finished(
     run_here: Callable[[str], int], tmp_path: Path
 ) -> None:
@@ -459,6 +480,19 @@ def test_runs_with_other_validation_images_are_not_taken_for_alike() -> None:
     assert "500 images); not all runs had the same ones" in text
     assert "\n| b\\|c | 70.00 % | 1 |" in text  # one cell
     assert "1,000 images); all variants share that." in trials_table.table("T", ["a"], lines[:1])
+
+
+def test_the_fewest_images_say_how_uncertain_an_accuracy_is() -> None:
+    lines = [a_line("a", 700), {**a_line("b", 350), "images": 500}]
+    text = trials_table.table("Title", ["a", "b"], lines)
+    assert f"uncertain by {100 * math.sqrt(0.7 * 0.3 / 500):.2f} points" in text
+
+
+def test_the_interval_of_two_that_spread_unlike_is_welchs() -> None:
+    narrow, wide = [70.0, 70.1, 70.2], [60.0, 65.0, 75.0, 80.0]
+    welch = stats.ttest_ind(wide, narrow, equal_var=False).confidence_interval(0.95)
+    half = trials_table.interval([wide, narrow], trials_table.alike([wide, narrow]))
+    assert math.isclose(half, (welch.high - welch.low) / 2, rel_tol=1e-6)
 
 
 def test_runs_of_a_variant_whose_settings_differ_are_told_with_both() -> None:

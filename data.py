@@ -85,7 +85,7 @@ def fill_train(config: Config, epoch: int, encoded: Encoded, index: int, out: np
 def fill_val(config: Config, encoded: Encoded, index: int, out: np.ndarray) -> None:
     """Write the centre crop of an image into `out`, uint8 (px, px, 3).
 
-    The same pixels, to one grey level, as torchvision's Resize(val_resize_px) and
+    The same pixels, to one or two grey levels, as torchvision's Resize(val_resize_px) and
     CenterCrop(val_px) on a Pillow image: decoded at full size and resized by Pillow, since this is
     what the app does to a photo. Only what the crop shows is resized.
     """

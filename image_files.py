@@ -12,6 +12,7 @@ on, a file whose bytes have changed is refused when it is read. An index with ch
 by `verify` alone; a copy of the folder with all its times and the index in it keeps them.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -148,6 +149,8 @@ class ImageSet:
             "put a good copy there and give the same command again, or begin another run with "
             "--skip-bad-images"
         )
+        if fault := system_fault(self.path(index), error):
+            return UserError(fault)
         if self.store is not None:  # whose errors say what mends it
             advice = "then give the same command again"
         return UserError(f"cannot read {self.path(index)} ({error}): {advice}")
@@ -167,7 +170,11 @@ class ImageSet:
             self.store.forget(self.positions[indexes])
             return
         for index in indexes.tolist():
-            with open(self.path(index), "rb", buffering=0) as file:
+            # One that cannot be opened is told where it is read.
+            with (
+                contextlib.suppress(OSError),
+                open(self.path(index), "rb", buffering=0) as file,
+            ):
                 os.fsync(file.fileno())  # what is not yet written stays in memory
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -685,6 +692,8 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
                 _check_jpeg(data)
             elif image.format == "PNG":
                 _check_png(data)
+            elif image.format == "TIFF" and image.mode in ("I", "F"):
+                raise ValueError("32 bits a grey value, of which none is known to be white")
             image.info.pop("xmp", None)  # by which Pillow turns a TIFF that has no tag for it
             image.load()
             turn = turn_upright(image)

@@ -604,6 +604,8 @@ def read_some(
         try:
             return len(image_set.read(index)[0])
         except (ValueError, OSError) as error:
+            if fault := image_files.system_fault(image_set.path(index), error):
+                raise UserError(fault) from None
             raise UserError(
                 f"cannot read {image_set.path(index)} ({error}): mend it; `python3 "
                 "scripts/prepare_data.py verify` finds all such files"

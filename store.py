@@ -25,6 +25,7 @@ import json
 import mmap
 import os
 import struct
+import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,10 +76,11 @@ _AGAIN = "copy it again, or remove it and pack it again with `python3 scripts/pr
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """An open store; its arrays are views of the mapped file."""
+    """An open store; its arrays are views of the mapped file, the pictures are read from it."""
 
     path: Path
     mapping: mmap.mmap
+    descriptor: int  # of the same file; closed when the mapping goes
     classes: tuple[str, ...]  # sorted
     parts: dict[str, tuple[int, int]]  # "train" and "val": first position, and one past the last
     records: np.ndarray  # RECORD, (pictures,): train, then val, each sorted by class, then by name
@@ -86,17 +88,15 @@ class Store:
     info: dict[str, Any]  # what index/store.json says
 
     def read(self, position: int) -> memoryview:
-        """The encoded picture, as a view of the mapped file.
+        """The encoded picture.
 
-        Raises ValueError if its bytes are not those that were packed, and UserError if the file was
-        cut short meanwhile.
+        Raises ValueError if its bytes are not those that were packed, OSError if the disk does not
+        give them, and UserError if the file was cut short meanwhile.
         """
         self._refuse_cut()
         offset, size, crc, *_ = self.records.item(position)
-        # Else every 4 kB of a picture that is not in memory would be a wait of its own.
-        page = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self.mapping.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
-        content = memoryview(self.mapping)[offset : offset + size]
+        # Not from the mapping: there a disk that fails would end the process by SIGBUS.
+        content = memoryview(os.pread(self.descriptor, size, offset))
         if zlib_ng.crc32(content) != crc:
             raise ValueError(
                 f"{self.entry(position)} in {self.path} is damaged, or was changed after it was "
@@ -122,7 +122,6 @@ class Store:
             for offset, size in zip(offsets, sizes, strict=True):
                 page = offset // mmap.PAGESIZE * mmap.PAGESIZE
                 end = -(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages alone go
-                self.mapping.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
                 os.posix_fadvise(file.fileno(), page, end - page, os.POSIX_FADV_DONTNEED)
 
     def _refuse_cut(self) -> None:
@@ -156,6 +155,8 @@ def open_store(path: Path) -> Store:
                     "scripts/prepare_data.py pack`"
                 )
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            descriptor = os.dup(file.fileno())
+            weakref.finalize(mapping, os.close, descriptor)
     except OSError as error:
         raise UserError(
             f"cannot open {path} ({error.strerror}): name a store that `python3 "
@@ -168,7 +169,7 @@ def open_store(path: Path) -> Store:
                 f"{path} is a store of version {comment['version']}, this release reads version "
                 f"{VERSION}: pack it again, or use the release that wrote it"
             )
-        return _open_index(path, mapping, comment)
+        return _open_index(path, mapping, descriptor, comment)
     except (ValueError, KeyError, TypeError) as error:
         if str(path).endswith(PARTIAL):
             raise UserError(
@@ -200,7 +201,7 @@ def _read_comment(mapping: mmap.mmap) -> dict[str, Any]:
     return comment
 
 
-def _open_index(path: Path, mapping: mmap.mmap, comment: dict[str, Any]) -> Store:
+def _open_index(path: Path, mapping: mmap.mmap, descriptor: int, comment: dict[str, Any]) -> Store:
     """The store whose index lies where the comment says; raises ValueError if it is damaged."""
     view = memoryview(mapping)
     places = {name: comment[name] for name in ("records", "names", "store")}
@@ -237,7 +238,7 @@ def _open_index(path: Path, mapping: mmap.mmap, comment: dict[str, Any]) -> Stor
         inside = max(offsets.max(), (offsets + sizes).max()) <= pictures_end
         _check(inside, "its records point outside the pictures")
         _check(records["label"].max() < len(classes), "its labels are of no class")
-    return Store(Path(path), mapping, classes, parts, records, names, info)
+    return Store(Path(path), mapping, descriptor, classes, parts, records, names, info)
 
 
 def _check(holds: bool, complaint: str) -> None:

@@ -567,7 +567,10 @@ def pack(
         raise UserError(f"STORE {store_path} is a folder: name a file")
     if store_path.exists():
         settings = check_settings(open_store(store_path), max_side, quality)
-        log.info("%s is finished already (%s): nothing to do", store_path, settings)
+        log.info(
+            "%s is finished already (%s), and was not compared with %s: to pack that anew, remove "
+            "it or name another", store_path, settings, source_path,
+        )  # fmt: skip
         return
     check_place(store_path, {"max_side": max_side, "quality": quality})
     source = open_source(source_path)

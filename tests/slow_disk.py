@@ -3,7 +3,8 @@
     python3 tests/slow_disk.py FILE FOLDER FIRST_MS AGAIN_MS
 
 Each 4 kB take FIRST_MS when they are first read, as of a volume that loads from a snapshot, and
-AGAIN_MS from then on; one after another, whoever reads.
+AGAIN_MS from then on; one after another, whoever reads. Once there is a
+FILE.fails, the disk fails.
 """
 
 import errno
@@ -22,7 +23,7 @@ class SlowDisk(mfusepy.Operations):
     use_ns = True  # times in nanoseconds, as mfusepy wants it
 
     def __init__(self, path: str, first_s: float, again_s: float) -> None:
-        self.file = os.open(path, os.O_RDONLY)
+        self.file, self.fails = os.open(path, os.O_RDONLY), f"{path}.fails"
         self.first_s, self.again_s = first_s, again_s
         self.loaded: set[int] = set()
         self.lock = threading.Lock()
@@ -35,6 +36,8 @@ class SlowDisk(mfusepy.Operations):
         return {"st_mode": stat.S_IFREG | 0o444, "st_size": os.fstat(self.file).st_size}
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        if os.path.exists(self.fails):
+            raise mfusepy.FuseOSError(errno.EIO)
         with self.lock:
             for block in range(offset // BLOCK_BYTES, (offset + size - 1) // BLOCK_BYTES + 1):
                 time.sleep(self.again_s if block in self.loaded else self.first_s)

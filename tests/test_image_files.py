@@ -248,6 +248,25 @@ def test_a_jpeg_damaged_inside_is_refused_or_what_other_programs_show() -> None:
     assert refused > 2 * shown > 0
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_tiff_of_32_bits_a_grey_value_is_refused(dtype: type) -> None:
+    """0 to 255, 65,535 or 1: it does not say what white is, and would mostly come out black."""
+    deep = Image.fromarray(np.asarray(SCENE.convert("L")).astype(dtype))
+    with pytest.raises(ValueError, match="32 bits a grey value"):
+        image_files.decode(encode(deep, "TIFF"))
+
+
+def test_what_cannot_be_opened_any_more_is_forgotten_without_a_word(tmp_path: Path) -> None:
+    """A link whose file has gone, which the folder's index does not see: reading it tells."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.jpg").write_bytes(encode(SCENE, "JPEG"))
+    listed = image_files.list_folder(tmp_path)
+    (tmp_path / "a/1.jpg").unlink()
+    listed.forget(np.arange(1))
+    with pytest.raises(FileNotFoundError):
+        listed.read(0)
+
+
 def test_a_folder_named_as_an_image_is_reported(tmp_path: Path) -> None:
     (tmp_path / "class" / "folder.jpg").mkdir(parents=True)
     assert find_bad(tmp_path, WHOLE, decode_all=False).keys() == {"folder.jpg"}

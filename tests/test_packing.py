@@ -149,7 +149,8 @@ def test_kaggles_imagenet_is_packed_from(name: str, tmp_path: Path) -> None:
     again = pack(source, path)
     assert again.returncode == 0
     assert again.stdout.endswith(
-        f"{path} is finished already (max_side 400, quality 90): nothing to do\n"
+        f"{path} is finished already (max_side 400, quality 90), and was not compared with "
+        f"{source}: to pack that anew, remove it or name another\n"
     )
     assert pack(source, tmp_path / "other", "--workers", 3).returncode == 0
     assert sha256(tmp_path / "other") == sha256(path)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import quick_start
 import torch
-from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images
+from conftest import COMMAND_ENVIRONMENT, REPOSITORY, make_images, run_stage_command
+from test_preflight import SlowStore
 from test_trainer import (  # noqa: F401 (fixtures are among them)
     _remove_checkpoints,
     as_options,
@@ -325,6 +326,36 @@ def test_without_anybody_who_reads_the_screen_the_run_goes_on(settings: Settings
     assert process.wait(120) == 0
     assert process.stderr and process.stderr.read() == ""
     assert "finished in" in (run_folder(settings) / "train.log").read_text()
+
+
+def test_a_disk_that_fails_under_a_store_ends_the_run_saved(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """As a volume does that is detached: the pictures that memory has not kept are not read."""
+    make_images(tmp_path / "large", images=40, px=224)
+    store = tmp_path / "large.store"
+    done = run_stage_command("scripts/prepare_data.py", "pack", tmp_path / "large", store)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "disk").mkdir()
+    with SlowStore(store, tmp_path / "disk")(first_ms=1, again_ms=0) as shown:
+        settings |= {"train_folder_name": shown, "val_folder_name": shown, "log_interval_s": 1e-9}
+        process = quick_start.Popen(
+            [sys.executable, REPOSITORY / "trainer.py", *as_options(settings)],
+            cwd=REPOSITORY,
+            env=COMMAND_ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout and process.stderr
+        while "step 1/15" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        Path(f"{store}.fails").touch()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    (line,) = stderr.splitlines()
+    assert "was not read (Input/output error), which is the disk's or the system's fault" in line
+    assert checkpoint.load_latest(run_folder(settings) / "checkpoints")["step"] >= 1
 
 
 def test_too_few_open_files_are_told_before_training(settings: Settings) -> None:

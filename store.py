@@ -17,6 +17,7 @@ lies, and shared by all processes that map the file. All times in it are 1980-01
 source gives the same bytes.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -156,7 +157,7 @@ def open_store(path: Path) -> Store:
                 )
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             descriptor = os.dup(file.fileno())
-            weakref.finalize(mapping, os.close, descriptor)
+            weakref.finalize(mapping, _close, descriptor)
     except OSError as error:
         raise UserError(
             f"cannot open {path} ({error.strerror}): name a store that `python3 "
@@ -176,6 +177,11 @@ def open_store(path: Path) -> Store:
                 f"{path} is not finished: the command that began to pack it goes on with it"
             ) from None
         raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from None
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # of a disk that has gone
+        os.close(descriptor)
 
 
 def _begins_as_store(head: bytes) -> bool:

@@ -488,6 +488,20 @@ def test_a_slow_disk_is_told_from_one_that_still_loads(
     assert sign in found.text
 
 
+def test_a_disk_that_fails_is_not_taken_for_a_picture_that_is_damaged(
+    store: Path, slow_store: SlowStore
+) -> None:
+    fails = Path(f"{store}.fails")
+    with slow_store(first_ms=0, again_ms=0) as path:
+        train_set = image_files.open_image_set(path, "train")
+        fails.touch()
+        try:
+            with pytest.raises(UserError, match="the disk's or the system's fault: mend that"):
+                preflight.read_at_random(Config(batch_size=8, workers=2), train_set)
+        finally:
+            fails.unlink()
+
+
 def test_waiting_for_the_disk_is_counted_once_a_place() -> None:
     lazy = preflight.Reading(np.arange(8), 1e5, first=10.0, again=1000.0)
     # 100 images: 10 s at first, then 0.05 s for the half that memory does not keep; the GPU: 4 s.

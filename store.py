@@ -1,4 +1,4 @@
-"""One file instead of 1.3 million: all pictures of a data set and their index, mapped into memory.
+"""One file instead of 1.3 million: all pictures of a data set, and their index, which is mapped.
 
     python3 scripts/prepare_data.py pack SOURCE STORE     writes one
 

@@ -258,6 +258,12 @@ def test_what_is_not_read_gets_a_status_and_a_sentence() -> None:
         assert "\n" not in str(error.value)
 
 
+def test_avif_may_begin_like_heic() -> None:
+    content = encode(scene(60, 80), "AVIF")
+    assert content[4:12] == b"ftypavif" and b"avif" in content[12:64]
+    assert classifier.open_picture(content[:8] + b"mif1" + content[12:]).size == (80, 60)
+
+
 def test_broken_exif_turns_nothing() -> None:
     picture = scene(60, 80)
     for broken in (b"\xff\xff\xff\xff", b"\x08\0\0\0\xff\xff"):
@@ -288,6 +294,13 @@ def test_the_likeliest_classes_come_first() -> None:
     assert [(one.class_id, one.label) for one in found] == [("b", "bee"), ("a", "ant")]
     expected = torch.from_numpy(logits).softmax(dim=0)
     assert [one.probability for one in found] == pytest.approx(expected[[1, 0]].tolist())
+
+
+def test_of_equally_likely_classes_the_first_comes_first() -> None:
+    """As torch.topk has it on a CPU, and the exporter's list of predictions."""
+    export = {"classes": list("abcd"), "labels": list("abcd")}
+    found = classifier.likeliest(np.array([1, 2, 2, 2], np.float32), export, 3)
+    assert [one.class_id for one in found] == ["b", "c", "d"]
 
 
 def test_labels_that_classes_share_are_told_apart() -> None:

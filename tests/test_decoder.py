@@ -194,6 +194,18 @@ def test_one_that_has_ended_is_replaced_unseen(process: Decoder) -> None:
     assert process.process.pid != first
 
 
+def test_it_waits_for_the_next_picture_as_long_as_it_takes(tmp_path: Path) -> None:
+    process = impatient(tmp_path)
+    try:
+        process.decode(GOOD)
+        first = process.process.pid
+        time.sleep(1.5)  # longer than a picture may take
+        process.decode(GOOD)
+        assert process.process.pid == first
+    finally:
+        process.end()
+
+
 def test_what_breaks_in_leaves_no_answer_to_the_next_picture(
     process: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

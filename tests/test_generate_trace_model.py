@@ -381,6 +381,14 @@ def test_an_example_that_cannot_be_read_gives_way_to_the_next(tmp_path: Path) ->
     assert generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 0) == []
 
 
+def test_examples_are_spaced_from_the_first_class_to_the_last(tmp_path: Path) -> None:
+    make_images(tmp_path, classes=5, images=1)
+    classes = tuple(f"class_{label}" for label in range(5))
+    for count, labels in ((0, []), (1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (9, [0, 1, 2, 3, 4])):
+        examples = generate_trace_model.choose_examples(str(tmp_path / "val"), classes, count)
+        assert [example.label for example in examples] == labels
+
+
 def test_a_class_may_have_any_name_that_a_folder_may_have(runs: Path, tmp_path: Path) -> None:
     """Bytes that are no text, and as long as a file system allows; what is written is text."""
     names = ["caf\udce9", 253 * "x"]

@@ -232,6 +232,40 @@ def test_pictures_of_one_bucket(task: Path, aws_account: Emulator) -> None:
         assert (status, "may not read it" in answer["error"]) == (404, True)
 
 
+BOTO3 = """
+class Body:
+    def read(self, *_):
+        raise RuntimeError("the object is read")
+
+class Client:
+    def get_object(self, **_):
+        return {"ContentLength": 20 * 2**20 + 1, "Body": Body()}
+
+def client(_):
+    return Client()
+"""
+
+
+def test_an_object_that_is_too_large_is_not_read(task: Path, tmp_path: Path) -> None:
+    (tmp_path / "boto3.py").write_text(BOTO3)
+    with started(task, IMAGE_BUCKET="mine", PYTHONPATH=str(tmp_path)) as runtime:
+        status, answer = runtime.ask(in_json(s3_key="a film"))
+        assert (status, "more than 20 MB" in answer["error"]) == (413, True)
+        # A key's limit is one of bytes, not of letters.
+        status, answer = runtime.ask(in_json(s3_key="ü" * 513))
+        assert (status, "1 to 1,024 bytes" in answer["error"]) == (400, True)
+
+
+def test_json_may_be_indented_and_base64_has_no_other_signs(task: Path) -> None:
+    photo = in_base64(jpeg(scene(120, 160)))
+    with started(task) as runtime:
+        indented = post(b"\n  " + json.dumps({"image": photo}).encode())
+        assert runtime.ask(indented)[0] == 200
+        for text in (f"data:image/jpeg;base64,{photo}", "%%%%"):
+            status, answer = runtime.ask(in_json(image=text))
+            assert (status, answer["error"]) == (400, "The picture is not valid base64.")
+
+
 def test_another_model_is_refused_at_the_start(task: Path, tmp_path: Path) -> None:
     for name in ("handler.py", "classifier.py", "decoder.py", "model.json"):
         shutil.copy(task / name, tmp_path)

@@ -7,9 +7,12 @@ import random
 import re
 import shlex
 import shutil
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_images, run_stage_command
 from PIL import Image
 
@@ -102,6 +105,50 @@ def test_a_loss_that_becomes_no_number_is_told() -> None:
     # Where the loss has risen again before, it has been seen where it is lowest.
     curve = losses[: lowest + 5]
     assert lr_finder.suggest(RATES[: lowest + 5], curve, curve, breaks_off=True) == RATES[lowest]
+
+
+def test_the_average_of_a_loss_that_stays_is_that_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first step on; and each step has the mixture of its epoch and batch."""
+    mixed, taken = [], []
+
+    def train_step(run: object, images: object, labels: object, rate: float, mix: object):
+        taken.append(rate)
+        return torch.tensor(2.5)
+
+    monkeypatch.setattr(lr_finder.engine, "train_step", train_step)
+    monkeypatch.setattr(lr_finder.augment, "draw_mix", lambda _, *of: mixed.append(of[:2]))
+    run = types.SimpleNamespace(model=torch.nn.Identity())
+    batches = itertools.repeat((torch.zeros(4, 32, 32, 3), torch.zeros(4)))
+    options = lr_finder.FinderOptions(Config(), first_lr=1e-4, last_lr=1.0, steps=20)
+    rates, losses, smoothed = lr_finder.range_test(run, batches, options, epoch_steps=3)
+    assert rates == taken and (rates[0], rates[-1]) == pytest.approx((1e-4, 1.0))
+    assert losses == [2.5] * 20 and smoothed == pytest.approx(losses)
+    assert mixed == [divmod(step, 3) for step in range(20)]
+
+
+def test_each_epoch_of_the_test_has_an_order_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_images(tmp_path / "images", images=4)
+    seen, read = [], lr_finder.data.train_batches
+
+    def range_test(run: object, batches: Iterator[object], *_: object):
+        next(itertools.islice(batches, 6, None))  # of epochs of three
+        return RATES, valley(RATES), valley(RATES)
+
+    def train_batches(images: object, config: Config, epoch: int, pin: bool):
+        seen.append(epoch)
+        return read(images, config, epoch, pin=pin)
+
+    monkeypatch.setattr(lr_finder, "range_test", range_test)
+    monkeypatch.setattr(lr_finder.data, "train_batches", train_batches)
+    monkeypatch.setattr(lr_finder, "start_log", lambda _: None)
+    options = ("--runs-folder", "runs", "--train-px", "32", "--batch-size", "4", "--workers", "1")
+    folders = ("--train-folder-name", "images/train", "--val-folder-name", "images/val")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lr_finder.py", *options, *folders])
+    lr_finder.main()
+    assert seen[:3] == [0, 1, 2]
 
 
 def test_the_command_tells_where_the_loss_becomes_no_number(tmp_path: Path) -> None:

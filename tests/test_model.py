@@ -78,6 +78,35 @@ def test_weights_of_a_checkpoint_are_those_that_are_kept(tmp_path: Path, half_li
         load_weights(tmp_path / "other.pt", num_classes=7)
 
 
+class Program:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_are_not_run_as_a_program(tmp_path: Path) -> None:
+    torch.save({"fc.bias": Program(tmp_path / "ran")}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="has not the weights of a ResNet-50 with 7 classes"):
+        load_weights(tmp_path / "weights.pt", num_classes=7)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bit_that_has_changed_among_the_weights_is_found(tmp_path: Path) -> None:
+    """PyTorch would load it."""
+    path = tmp_path / "weights.pt"
+    torch.save(ResNet50Wrapper(num_classes=7).model.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match="is damaged: its content is not what was saved"):
+        load_weights(path, num_classes=7)
+
+
 def last_norms(model: ResNet50Wrapper) -> list[torch.Tensor]:
     """Weights of the last BatchNorm of every residual branch."""
     return [value for name, value in model.model.named_parameters() if "bn3.weight" in name]

@@ -304,3 +304,14 @@ def test_no_run_at_all_is_refused(tmp_path: Path) -> None:
     done = plot(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no run in") and done.stderr.count("\n") == 1
+
+
+def test_the_longest_run_is_seen_to_its_end(tmp_path: Path) -> None:
+    lengths = {"short": 2, "long": 9}
+    runs = {
+        name: read_curves(make_run(tmp_path, name, [make_row(n + 1) for n in range(epochs)]))
+        for name, epochs in lengths.items()
+    }
+    for figure, last in ((draw(runs, reference=False), 9), (draw(runs, reference=True), 50)):
+        for panel in figure.axes:
+            assert panel.get_xlim()[0] < 1 and last < panel.get_xlim()[1] < last + 1

@@ -41,6 +41,7 @@ import checkpoint
 import image_files
 import mirror
 import preflight
+import utils
 from utils import Config, UserError
 
 Settings = dict[str, object]
@@ -219,6 +220,43 @@ def test_what_the_mirror_mends_is_no_problem(settings: Settings, tmp_path: Path)
     assert "without --dry-run the mirror's is fetched" in done.stdout
     done = dry_run(settings)
     assert done.returncode == 2 and "is damaged: put a copy there" in done.stderr
+
+
+def test_a_result_of_fewer_epochs_is_not_that_of_the_run(tmp_path: Path) -> None:
+    """Stopped between the last epoch of an extension and its last evaluation."""
+    config = Config(name="run", epochs=2, extra_epochs=1)
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    result = {"epoch": 2, "val_top1": 50.0}
+    for epochs, told in ((2, False), (3, True)):
+        utils.write_json(tmp_path / "result.json", {**result, "epochs": epochs})
+        said = preflight.tell_finished(tmp_path, config, {"history": [{}] * 3})
+        assert said.startswith("run run is finished: 3 epochs, 50.00 %") == told
+    assert not preflight.tell_finished(tmp_path, config, {"history": [{}] * 2})
+
+
+def test_of_the_epoch_under_way_what_is_done_takes_no_more_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two of its four steps of 10 s are; one more epoch follows, and both are validated."""
+    config = Config(
+        name="run", epochs=3, batch_size=5, workers=1, device="cpu", train_px=32, val_px=32,
+        val_resize_px=32,
+    )  # fmt: skip
+    reading = preflight.Reading(np.arange(8), 1e3, first=1e6, again=1e6)
+    left = []
+    monkeypatch.setattr(preflight, "read_at_random", lambda *_: reading)
+    monkeypatch.setattr(preflight, "time_sizes", lambda *_: {32: preflight.Timing(10.0, 10.0, 6)})
+    monkeypatch.setattr(preflight, "tell_estimate", lambda *given: left.append(given[2]) or "")
+    config_before = dataclasses.asdict(config)
+    images = {"train": "a", "val": "b", "skipped": []}
+    for step in (4, 6):
+        state = {"history": [{}], "step": step, "config": config_before, "images": images}
+        preflight.dry_run(
+            config, tmp_path, CPU, state, images, range(20), range(15), lambda *_: None
+        )
+    # A picture takes 2 s to train on, a third of that to validate: 40 s and 10 s an epoch.
+    assert left == pytest.approx([100.0, 75.0])
 
 
 def test_the_schedule_is_that_of_each_cycle(caplog: pytest.LogCaptureFixture) -> None:
@@ -406,6 +444,36 @@ def test_batches_that_are_larger_than_memory() -> None:
     assert on_gpu < 3e9 and 30e9 < on_cpu < 40e9  # the reference recipe, which needs a GPU
 
 
+def test_parts_of_a_batch_take_less_memory_on_a_cpu() -> None:
+    whole, parts = (preflight.needed_memory(Config(micro_batch_size=n), CPU) for n in (0, 64))
+    assert whole - parts == pytest.approx((Config().batch_size - 64) * preflight.ACTIVATIONS_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("limits", "available"),
+    [
+        ({}, 8_192_000_000),
+        ({"memory.max": "max"}, 8_192_000_000),
+        ({"memory.max": "2000000000"}, 2_000_000_000),
+        ({"memory/memory.limit_in_bytes": "3000000000"}, 3_000_000_000),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, 8_192_000_000),
+    ],
+)
+def test_a_container_has_the_memory_of_its_limit(
+    limits: dict[str, str], available: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path) -> str:
+        if path == Path("/proc/meminfo"):
+            return "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n"
+        name = str(path.relative_to("/sys/fs/cgroup"))
+        if name not in limits:
+            raise FileNotFoundError(name)
+        return limits[name]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert preflight.available_memory() == available
+
+
 def test_an_unlimited_number_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
@@ -551,6 +619,27 @@ def test_a_long_first_step_does_not_end_the_timing(
     )
     assert timing.steps == preflight.TIMED_STEPS // 2
     assert timing.step_s < 0.5
+
+
+def test_an_epoch_is_its_steps_and_a_validation_of_a_third_a_picture() -> None:
+    config = Config(
+        epochs=3, batch_size=10, train_px=64, first_train_px=32, px_ramp_start=0.0,
+        px_ramp_end=1.0, val_px=128,
+    )  # fmt: skip
+    timings = {px: preflight.Timing(px / 32, px / 32, 6) for px in (32, 64)}
+    # 3 s of steps at 32 px, 6 s at 64 px; 30 pictures of 4 × the pixels at 0.2 s each, / 3.
+    assert preflight.epoch_seconds(config, range(25), range(30), timings, 0) == pytest.approx(
+        [3 + 8, 6 + 8, 6 + 8]
+    )
+    assert len(preflight.epoch_seconds(config, range(25), range(30), timings, 2)) == 1
+
+
+def test_what_is_spent_counts_for_the_budget() -> None:
+    config = Config(price_per_hour=1.0, budget_usd=3.5)
+    assert preflight.check_budget(config, 3.0, 1800).level == "ok"
+    level, text = preflight.check_budget(config, 3.0, 3600)
+    assert level == "PROBLEM"
+    assert text.startswith("$4.00 of $3.50, of which $3.00 are spent: $0.50 too much")
 
 
 @pytest.mark.parametrize(

@@ -466,3 +466,30 @@ def test_a_cost_from_before_the_last_session_is_not_told(tmp_path: Path) -> None
     os.utime(tmp_path / "cost.json", (written_at - 1, written_at - 1))
     assert push_model.cost_section(tmp_path) == summed
     assert "10 h 0 min" not in summed[0]
+
+
+def test_a_run_that_is_extended_is_unfinished_until_its_extra_epochs_are_trained(
+    run: Path,
+) -> None:
+    record = json.loads((run / "config.json").read_text())
+    accuracy = {"epoch": 1, "val_top1": 1.0, "val_top5": 2.0, "val_images": 3}
+    for extra, said in ((0, "2 epochs, on "), (3, "**unfinished: 2 of 5 epochs**")):
+        record["config"]["extra_epochs"] = extra
+        assert said in push_model.write_card(run, "user/tiny", "best", record, accuracy)
+
+
+@pytest.mark.parametrize(("options", "yes", "public"), [((), 0, 0), (("--yes", "--public"), 1, 1)])
+def test_the_command_asks_for_what_its_options_say(
+    options: tuple[str, ...], yes: int, public: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+    monkeypatch.setattr(push_model, "make_files", lambda *_: CONTENT)
+    monkeypatch.setattr(pushing, "push", lambda *_, **asked: pushed.append(asked))
+    monkeypatch.setattr("sys.argv", ["push_model.py", "runs/tiny", "user/tiny", *options])
+    push_model.main()
+    assert pushed == [{"public": bool(public), "yes": bool(yes)}]
+
+
+def test_the_licence_of_imagenets_images_is_told_of_any_part_of_them() -> None:
+    for classes, known in ((["n01440764", "n02102040"], True), (["n01440764", "cat"], False)):
+        assert ("images are ImageNet's" in push_model.limits_section(classes)) == known

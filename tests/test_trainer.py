@@ -154,6 +154,23 @@ def test_the_step_that_compiles_counts_in_no_rate(
     assert "  2 img/s  ETA 12 s" in line
 
 
+def test_what_is_left_counts_the_validations_to_come(
+    settings: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the second of four epochs: two steps and two epochs of three, 4 s each, 3 × 100 s."""
+    config = Config(**{**settings, "epochs": 4}, log_interval_s=1.0)
+    run = engine.new_run(config, 3)
+    run.step, run.history = 3, [{"val_s": 100.0}]
+    run.totals["counts"] += 1
+    caplog.set_level(logging.DEBUG)
+    with trainer.Progress(run, config, range(21)) as progress:
+        run.step = 4
+        progress.tell(progress.told_at + 4)
+    messages = [record.getMessage() for record in caplog.records]
+    (line,) = [message for message in messages if message.startswith("epoch ")]
+    assert "epoch 2/4  step 1/3" in line and "  2 img/s  ETA 5 min 32 s" in line
+
+
 def test_a_run_leaves_what_the_readme_says(settings: dict[str, object]) -> None:
     done = train(settings, "--price-per-hour", "3", "--log-interval-s", "1e-9", "--tensorboard")
     folder = run_folder(settings)
@@ -224,6 +241,7 @@ def test_what_is_kept_is_the_average_of_the_best_epoch_the_first_of_equals(
         return engine.evaluate(net, batches, run.device, "fp32", bool)
 
     finish(run)
+    assert run.elapsed_s == run.history[0]["val_s"] > 0  # steps count their own time
     assert validated(run.average.model).items() <= run.history[0].items()
     assert validated(run.model)["val_loss"] != run.history[0]["val_loss"]
     best = torch.load(io.BytesIO(run.best.numpy().tobytes()))
@@ -259,6 +277,46 @@ def test_a_run_is_saved_when_that_is_due_and_stops_once_its_budget_is_spent() ->
     spent_usd = 5.0
     with pytest.raises(trainer.Interrupted):
         keeper.heed(None)
+
+
+def test_a_first_epoch_without_a_right_answer_is_kept_and_skipped_steps_go_on_in_the_next(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps were skipped, the last three of them in a row, which the next one may end."""
+    config = Config(**settings)
+    run = engine.new_run(config, 3)
+    run.step, run.epoch_s = 3, 1.0
+    run.totals["counts"] += 1
+    run.totals["trouble"][:2] = torch.tensor([4, 3])
+    val = {"val_loss": 1.0, "val_top1": 0.0, "val_top5": 0.0, "val_images": 21}
+    monkeypatch.setattr(engine, "evaluate", lambda *_: val)
+    monkeypatch.setattr(data, "val_batches", lambda *_, **__: None)
+    trainer.finish_epoch(run, config, None, bool)
+    best = torch.load(io.BytesIO(run.best.numpy().tobytes()))
+    assert torch.equal(best["fc.weight"], run.model.model.fc.weight)
+    assert run.history[0]["skipped_steps"] == 4
+    assert run.totals["trouble"].tolist() == [0, 3, 0]
+    assert run.totals["counts"].tolist() == [0, 0, 0]
+
+
+def test_what_was_saved_just_now_is_not_due_at_the_next_step() -> None:
+    """Else a run would save at every step, once it has gone on for checkpoint_minutes."""
+    totals = engine.new_totals(torch.device("cpu"))
+    run = types.SimpleNamespace(
+        step=7, history=[], device=torch.device("cpu"), spent_usd=0.0, totals=totals,
+        state=lambda: {"step": run.step, "totals": totals},
+    )  # fmt: skip
+    saved = []
+    saver = types.SimpleNamespace(
+        check=lambda: None, save=lambda state: saved.append(state["step"])
+    )
+    session = types.SimpleNamespace(beat=lambda *_, **__: 0.0)
+    config = Config(checkpoint_minutes=10)
+    keeper = trainer.Keeper(run, config, {}, interruption.Requests(), session, saver)
+    keeper.saved_at -= 60 * 11
+    for run.step in (8, 9, 10):
+        keeper.heed(None)
+    assert saved == [8]
 
 
 def test_a_tensorboard_that_is_open_follows_a_run_that_goes_on_from_an_earlier_epoch(
@@ -443,6 +501,12 @@ def test_what_is_left_counts_larger_steps_for_more(settings: dict[str, object]) 
     assert trainer.steps_left(config, epoch=2, step=9, steps_per_epoch=3) == 0
     plain = Config(**settings)
     assert trainer.steps_left(plain, epoch=0, step=1, steps_per_epoch=3) == 5
+
+
+def test_extra_epochs_are_left_too(settings: dict[str, object]) -> None:
+    config = Config(**growing(settings), extra_epochs=2)
+    assert trainer.steps_left(config, epoch=2, step=6, steps_per_epoch=3) == 3 + 2 * 3
+    assert trainer.steps_left(config, epoch=3, step=10, steps_per_epoch=3) == 2 + 3
 
 
 def test_compile_without_a_compiler_ends_with_one_line(

@@ -105,6 +105,11 @@ def test_any_ramp_rises_in_steps_of_32_and_ends_at_train_px(
     assert all(px == last or px % 32 == 0 for px in sizes)
 
 
+def test_a_size_halfway_between_two_is_the_larger_one() -> None:
+    config = Config(epochs=3, first_train_px=128, train_px=160, px_ramp_start=0.0, px_ramp_end=1.0)
+    assert [train_px(config, epoch) for epoch in range(3)] == [128, 160, 160]
+
+
 def test_without_a_first_size_all_crops_have_the_same() -> None:
     assert {train_px(Config(train_px=200), epoch) for epoch in range(60)} == {200}
 
@@ -130,6 +135,22 @@ def test_without_a_first_size_all_crops_have_the_same() -> None:
 )
 def test_settings_that_make_no_sense_are_refused(changed: dict[str, float], says: str) -> None:
     utils.check_config(Config())
+    with pytest.raises(UserError, match=says):
+        utils.check_config(dataclasses.replace(Config(), **changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0: it must be below 1"),
+        ({"budget_usd": 5.0, "price_per_hour": 0.0}, "budget_usd is 5.0 and price_per_hour 0"),
+        ({"crop_min_scale": 0.0}, "crop_min_scale is 0.0: it must be above 0"),
+        ({"pct_start": 1.0}, "pct_start is 1.0: it must lie between 0 and 1"),
+        ({"pct_start": 0.0}, "pct_start is 0.0: it must lie between 0 and 1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808: it must be 0 or more, below"),
+    ],
+)
+def test_settings_at_their_limits_are_refused(changed: dict[str, float], says: str) -> None:
     with pytest.raises(UserError, match=says):
         utils.check_config(dataclasses.replace(Config(), **changed))
 

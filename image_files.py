@@ -188,7 +188,8 @@ class ImageSet:
         images are still the same.
 
         Of a store whose pictures packing has changed, all checksums are a part of it: packed with
-        other settings it holds other images. Raises UserError for an image that cannot be read.
+        other settings it holds other images. Raises UserError for an image that cannot be read or
+        decoded: a damaged one would be replaced one day, and the run would not go on with that.
         """
         digest = hashlib.sha256(self.names)
         # Of another size or version of a data set, each file differs from this one's.
@@ -199,7 +200,9 @@ class ImageSet:
             return digest.hexdigest()
         for index in some.tolist():
             try:
-                digest.update(np.uint32(zlib_ng.crc32(self.read(index)[0])).tobytes())
+                content = self.read(index)[0]
+                decode(content)
+                digest.update(np.uint32(zlib_ng.crc32(content)).tobytes())
             except (ValueError, OSError) as error:
                 raise self.unreadable(index, error) from None
         return digest.hexdigest()

@@ -399,14 +399,35 @@ def test_unreadable_images_are_all_listed_and_refused(folder: Path) -> None:
 
 
 def test_a_damaged_image_whose_name_is_no_text_is_told(folder: Path) -> None:
-    path = folder / "images/train/class_1/\udcff.jpg"
-    (folder / "images/train/class_1/train_0.jpg").rename(path)
+    """And the run goes on with a good copy in its place."""
+    train_folder = folder / "images/train"
+    path = train_folder / "class_1/\udcff.jpg"
+    (train_folder / "class_1/train_0.jpg").rename(path)
+    for number in range(30):  # so many that not each is read at the start
+        shutil.copy(
+            train_folder / "class_0/train_0.jpg", train_folder / f"class_0/more_{number}.jpg"
+        )
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + b"\xff\xd9" * 8)  # its end is as it should be
     done = train(folder)
     text = f"cannot read {folder}/images/train/class_1/\\udcff.jpg (damaged inside or cut short"
     check_refused(done.returncode, done.stderr, text)
     assert f"error: {text}" in (folder / "runs/run/train.log").read_text()
+    path.write_bytes(content)
+    done = train(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_damaged_image_among_those_that_tell_sets_apart_is_told_at_the_start(
+    folder: Path,
+) -> None:
+    path = folder / "images/train/class_1/train_0.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + content[-2:])
+    before = tree(folder)
+    done = train(folder)
+    check_refused(done.returncode, done.stderr, f"cannot read {path} (damaged inside or cut short")
+    assert tree(folder) == before
 
 
 def test_a_class_with_no_readable_image_is_refused(folder: Path) -> None:

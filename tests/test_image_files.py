@@ -28,6 +28,7 @@ from pictures import (
     write_set,
 )
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import image_files
 from store import StoreWriter
@@ -144,6 +145,16 @@ def test_exif_data_that_cannot_be_read_turns_nothing() -> None:
         assert_close(image_files.decode(jpeg_with_exif(broken)), pixels(SCENE), JPEG)
 
 
+def test_exif_data_as_imagemagick_writes_it_turns_a_png() -> None:
+    """In hexadecimal digits, in a text of a name of its own."""
+    stored, exif = turned(SCENE, 6)
+    hexadecimal = exif.tobytes().hex()
+    text = PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(hexadecimal) // 2:8}\n{hexadecimal}\n")
+    content = encode(stored, "PNG", pnginfo=text)
+    assert_close(image_files.decode(content), pixels(SCENE), EXACT)
+
+
 def test_exif_turns_although_other_parts_of_it_are_broken() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
@@ -246,6 +257,18 @@ def test_a_jpeg_damaged_inside_is_refused_or_what_other_programs_show() -> None:
         with Image.open(io.BytesIO(damaged)) as image:
             assert_close(picture, pixels(image), EXACT)
     assert refused > 2 * shown > 0
+
+
+def test_a_progressive_jpeg_that_lacks_a_scan_is_shown_with_a_complaint() -> None:
+    content = jpeg(SCENE, progressive=True)
+    scans = [found.start() for found in re.finditer(b"\xff\xda", content)]
+    tables = [found.start() for found in re.finditer(b"\xff\xc4", content)]
+    # From the tables of the second scan to those of the third.
+    start, end = (max(at for at in tables if at < scan) for scan in scans[1:3])
+    image_files.take_complaint()
+    assert image_files.decode(content[:start] + content[end:]).shape == (60, 84, 3)
+    assert image_files.take_complaint().startswith("Inconsistent progression sequence")
+    assert image_files.take_complaint() == ""
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
@@ -399,6 +422,17 @@ def test_what_is_not_a_files_fault_skips_none(
         image_files.find_bad_images(images, 1, decode_all=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EMFILE", "ENFILE", "ENOMEM"],
+)
+def test_errors_of_the_system_are_told_from_those_of_a_file(name: str) -> None:
+    error = OSError(getattr(errno, name), "what the system says")
+    assert "was not read (what the system says)" in image_files.system_fault("a.jpg", error)
+    for number in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP):
+        assert image_files.system_fault("a.jpg", OSError(number, "of the file")) == ""
+
+
 def test_a_long_check_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -411,7 +445,9 @@ def test_a_long_check_tells_how_far_it_is(
 
 
 def test_a_set_without_some_files(tmp_path: Path) -> None:
-    images = write_set(tmp_path, dict.fromkeys(("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"), b""))
+    images = write_set(
+        tmp_path, dict.fromkeys(("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"), WHOLE["a.jpg"])
+    )
     fewer = images.without(["a/1.jpg", "b/2.jpg", "unknown"])
     assert fewer.files == ("a/2.jpg", "b/1.jpg")
     assert fewer.labels.tolist() == [0, 1]
@@ -423,17 +459,34 @@ def test_a_set_without_some_files(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_the_names_and_of_contents(tmp_path: Path) -> None:
-    images = write_set(tmp_path / "here", {"a/1.jpg": b"", "b/1.jpg": b""})
-    moved = write_set(tmp_path / "there", {"a/1.jpg": b"", "b/1.jpg": b""})
-    renamed = write_set(tmp_path / "renamed", {"a/1.jpg": b"", "b/2.jpg": b""})
-    other_class = write_set(tmp_path / "class", {"a/1.jpg": b"", "a/2.jpg": b"", "b/1.jpg": b""})
+    def made(name: str, *files: str, content: bytes = WHOLE["a.jpg"]) -> image_files.ImageSet:
+        return write_set(tmp_path / name, dict.fromkeys(files, content))
+
+    images = made("here", "a/1.jpg", "b/1.jpg")
+    moved = made("there", "a/1.jpg", "b/1.jpg")
+    renamed = made("renamed", "a/1.jpg", "b/2.jpg")
+    other_class = made("class", "a/1.jpg", "a/2.jpg", "b/1.jpg")
     assert images.fingerprint() == moved.fingerprint()
-    other_size = write_set(tmp_path / "size", {"a/1.jpg": b"2", "b/1.jpg": b"2"})
+    other_size = made("size", "a/1.jpg", "b/1.jpg", content=jpeg(GREY))
     sets = (images, renamed, other_class, other_size)
     assert len({each.fingerprint() for each in sets}) == 4
     other_size.path(1).unlink()
     with pytest.raises(UserError, match=f"cannot read {other_size.path(1)} .*No such file"):
         other_size.fingerprint()
+
+
+@pytest.mark.parametrize("index", [0, 1, 63])
+def test_no_damaged_picture_is_a_part_of_the_fingerprint(index: int, tmp_path: Path) -> None:
+    """Or else a run would not go on with the good copy that it asks for."""
+    images = write_set(tmp_path, {f"a/{number:02}.jpg": WHOLE["a.jpg"] for number in range(64)})
+    fingerprint = images.fingerprint()
+    content = WHOLE["a.jpg"]
+    images.path(index).write_bytes(content[: len(content) // 2] + content[-2:])  # ends well
+    if index == 1:  # of every second one only
+        assert images.fingerprint() == fingerprint
+    else:
+        with pytest.raises(UserError, match=f"cannot read {images.path(index)} .*a good copy"):
+            images.fingerprint()
 
 
 # ------------------------------------------------------------------------------ a run's images
@@ -775,6 +828,24 @@ STORED = [
     *("val/b/1.jpg", "train/b/9.jpg", "train/b/10.jpg", "train/a/2.jpg", "train/a/1.jpg"),
     *("train/a-b/ä \udcff.jpg", "val/a-b/1.jpg", "val/a/1.jpg"),
 ]
+
+
+def test_every_picture_counts_in_the_fingerprint_of_a_store_of_smaller_ones(tmp_path: Path) -> None:
+    """Packed with other settings, perhaps a single one is another."""
+    fingerprints = set()
+    for quality in (80, 90):
+        path = tmp_path / f"{quality}.store"
+        with StoreWriter(path, {}) as writer:
+            for number in range(100):
+                content = b"%d" % (quality if number == 1 else 0)
+                for part in ("train", "val"):
+                    writer.add(f"{part}/a/{number:02}.jpg", content, reencoded=number == 1)
+            writer.finish()
+        images = image_files.open_image_set(str(path), "train")
+        chosen = np.linspace(0, 99, image_files.FINGERPRINT_IMAGES).astype(int)
+        assert 1 not in chosen  # of those that stand for a folder
+        fingerprints.add(images.fingerprint())
+    assert len(fingerprints) == 2
 
 
 def test_a_store_without_some_pictures(tmp_path: Path) -> None:

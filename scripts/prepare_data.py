@@ -42,7 +42,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils import UserError, log, parse_options, run_stage, start_log
 
 DIGIT_PX = 64
+DIGITS = {"train": 1442, "val": 355}
+IMAGENETTE = {"train": 9469, "val": 3925}  # of every size
 MARKER = ".begun_by_prepare_data"  # in DIR.partial: what is in it may be removed
+SIZE_NAME = ".imagenette_size"  # in DIR: which archive it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,22 +184,37 @@ def imagenette(folder: Path, size: str) -> None:
     for part in ("train", "val"):
         (unpacked / part).rename(folder / part)
     shutil.rmtree(unpacked)
+    (folder / SIZE_NAME).write_text(f"{size}\n")
 
 
-def _check_classes(folder: Path, options: "DigitsOptions | ImagenetteOptions") -> None:
-    """Refuse a folder that holds another data set than the one that is asked for."""
+def _check_folder(folder: Path, options: "DigitsOptions | ImagenetteOptions") -> None:
+    """Refuse a folder that holds another data set than the one that is asked for, or less."""
     if isinstance(options, DigitsOptions):
-        title, classes = "the digits", {str(digit) for digit in range(10)}
+        title, pictures, classes = "the digits", DIGITS, {str(digit) for digit in range(10)}
     else:
         from torchvision.datasets import Imagenette
 
-        title, classes = "Imagenette", set(Imagenette._WNID_TO_CLASS)
+        title, pictures, classes = "Imagenette", IMAGENETTE, set(Imagenette._WNID_TO_CLASS)
+        with contextlib.suppress(OSError):  # of others' making, such as torchvision's
+            size = (folder / SIZE_NAME).read_text().strip()
+            if size != options.size:
+                raise UserError(
+                    f"{folder} holds Imagenette of --size {size}: name a folder that does not "
+                    "exist yet"
+                )
     others = {path.name for path in (folder / "train").glob("*/")} - classes
     if others:
         raise UserError(
             f"{folder} holds other classes than {title}, such as {min(others)}: name a folder that "
             "does not exist yet"
         )
+    counts = count_images(folder)
+    for part, whole in pictures.items():
+        if counts[part] < whole:
+            raise UserError(
+                f"{folder / part} holds {counts[part]:,} of the {whole:,} pictures of {title}: "
+                f"remove {folder}, and the same command makes it anew"
+            )
 
 
 def count_images(folder: Path) -> dict[str, int]:
@@ -266,14 +284,18 @@ def filling(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
     try:
-        taken = False
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            taken = True
-        if taken or folder.exists():  # another has just finished it
             raise UserError(
                 f"another process fills {folder}: wait for its end, and give the same command again"
+            ) from None
+        if folder.exists():
+            with contextlib.suppress(OSError):  # it is DIR by now, or not empty
+                partial.rmdir()
+            raise UserError(
+                f"another process has just filled {folder}: give the same command again, which "
+                "looks at what is there"
             )
         left = [entry for entry in os.scandir(partial) if entry.name != MARKER]
         if left and not (partial / MARKER).is_file():
@@ -307,7 +329,7 @@ def main() -> None:
         return
     folder = options.dir
     if all(count_images(folder).values()):
-        _check_classes(folder, options)
+        _check_folder(folder, options)
         log.info("%s is there already", folder)
     else:
         if folder.exists():

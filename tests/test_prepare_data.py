@@ -98,6 +98,14 @@ def test_a_second_run_changes_nothing(digits: Path) -> None:
     assert "holds other classes than Imagenette, such as 0: name a folder that" in other.stderr
 
 
+def test_digits_of_which_some_are_missing_are_told(tmp_path: Path) -> None:
+    assert prepare("digits", tmp_path / "digits").returncode == 0
+    (tmp_path / "digits/val/7/7_005.jpg").unlink()
+    done = prepare("digits", tmp_path / "digits")
+    assert done.returncode == 2
+    assert "digits/val holds 354 of the 355 pictures of the digits: remove" in done.stderr
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine" / "train" / "0").mkdir(parents=True)
     (tmp_path / "mine" / "train" / "0" / "precious.jpg").write_bytes(b"1")
@@ -204,12 +212,15 @@ def archive(folder: str) -> bytes:
 
 @pytest.fixture
 def prepare_data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, which asks no proxy and leaves the log as it found it."""
+    """The script as a module, which asks no proxy, leaves the log as it found it, and takes
+    `archive`'s twenty pictures for the whole of Imagenette."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(utils.log, "handlers", [])
     specification = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    assert module.IMAGENETTE == {"train": 9469, "val": 3925}  # github.com/fastai/imagenette
+    monkeypatch.setattr(module, "IMAGENETTE", {"train": 10, "val": 10})
     return module
 
 
@@ -232,6 +243,19 @@ def download(
     prepare_data.run_stage(prepare_data.main)
 
 
+def test_what_another_process_has_just_finished_is_left_as_it_is(
+    prepare_data: ModuleType, tmp_path: Path
+) -> None:
+    """Between the look whether DIR is there and the lock, which that process holds no more."""
+    (tmp_path / "digits").mkdir()
+    with (
+        pytest.raises(utils.UserError, match=r"just filled .*digits: give the same command again"),
+        prepare_data.filling(tmp_path / "digits"),
+    ):
+        raise AssertionError("nothing is to be filled")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "digits"]
+
+
 def test_imagenette_is_downloaded_and_unpacked(
     prepare_data: ModuleType, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +264,7 @@ def test_imagenette_is_downloaded_and_unpacked(
     folder = tmp_path / "imagenette"
     url = f"{server}/imagenette2-320.tgz"
     download(prepare_data, monkeypatch, url, content, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
+    assert sorted(path.name for path in folder.iterdir()) == [".imagenette_size", "train", "val"]
     train, val = (image_files.open_image_set(str(folder / part), part) for part in ("train", "val"))
     image_files.check_same_classes(train, val)
     assert train.files[:2] == ("n01440764/n01440764_1.JPEG", "n02102040/n02102040_1.JPEG")
@@ -252,6 +276,40 @@ def test_imagenette_is_downloaded_and_unpacked(
     (tmp_path / "www" / "imagenette2-320.tgz").unlink()
     download(prepare_data, monkeypatch, url, content, folder)  # asks for nothing
     assert files_in(folder) == before
+
+
+def test_another_size_or_less_of_imagenette_is_not_taken_for_it(
+    prepare_data: ModuleType,
+    server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    content, folder = archive("imagenette2-320"), tmp_path / "imagenette"
+    (tmp_path / "www" / "imagenette2-320.tgz").write_bytes(content)
+    fetch = functools.partial(
+        download, prepare_data, monkeypatch, f"{server}/imagenette2-320.tgz", content, folder
+    )
+
+    def refusal(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            fetch(*arguments)
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    fetch()
+    before = files_in(tmp_path)
+    assert f"error: {folder} holds Imagenette of --size 320px: " in refusal("--size", "160px")
+    assert files_in(tmp_path) == before
+    (folder / ".imagenette_size").unlink()  # torchvision writes none
+    fetch("--size", "160px")
+    next(folder.glob("val/*/*")).unlink()
+    assert refusal() == (
+        f"error: {folder}/val holds 9 of the 10 pictures of Imagenette: remove {folder}, and the "
+        "same command makes it anew"
+    )
 
 
 class NoHttp(http.server.BaseHTTPRequestHandler):
@@ -290,7 +348,7 @@ def test_a_download_that_fails_leaves_no_folder(
     if trouble == "damaged":  # what is left of it does not hinder the next
         (tmp_path / "www" / "imagenette2-320.tgz").write_bytes(content)
         download(prepare_data, monkeypatch, url, content, folder)
-        assert len(files_in(folder)) == 20
+        assert len(list(folder.glob("*/*/*"))) == 20
 
 
 def test_other_sizes_are_asked_for_by_name(

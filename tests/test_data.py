@@ -417,6 +417,16 @@ def test_leaving_early_ends_the_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_what_reads_ahead_ends_with_the_batches(workers: int, tmp_path: Path) -> None:
+    images = numbered_images(tmp_path, 12)
+    for batches_read in (1, None):
+        batches = data.val_batches(images, dataclasses.replace(CONFIG, workers=workers))
+        list(itertools.islice(batches, batches_read))
+        batches.close()
+        assert not [each for each in threading.enumerate() if each.name.startswith("read ahead")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_read_is_named(workers: int, tmp_path: Path) -> None:
     images = numbered_images(tmp_path, 20)
     config = dataclasses.replace(CONFIG, workers=workers)
@@ -448,6 +458,14 @@ def test_normalize_is_torchvisions() -> None:
     assert ours.dtype == torch.float32
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert (ours - expected).abs().max() < 1e-6  # four steps of float32 at 2.6, the largest value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalize_rounds_once(dtype: torch.dtype) -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    ours = data.normalize(images, dtype)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, data.normalize(images).to(dtype))
 
 
 # ------------------------------------------------------------------------------ memory used again

@@ -357,12 +357,25 @@ def test_steps_alone(kaggle: Kaggle, home: Path, folder: Path) -> None:
     assert len(kaggle.log) == asked
 
 
+def test_pictures_that_were_left_out_are_not_missed_afterwards(
+    kaggle: Kaggle, home: Path, folder: Path, tmp_path: Path
+) -> None:
+    tree = {**TREE, f"{KAGGLE}/train/n02/n02_1.JPEG": b"no picture"}
+    kaggle.contents[SLUG] = make_zip(tmp_path / "made.zip", tree).read_bytes()
+    for _ in range(2):
+        said = succeeded(prepare(kaggle, home, "imagenet", folder, "--skip-bad-images"))
+        assert said.endswith("imagenet.store is finished: nothing more to do\n")
+    assert len(store.open_store(folder / "imagenet.store").records) == 5
+
+
 def test_100k_of_two_data_sets_without_an_account(
     kaggle: Kaggle, home: Path, tmp_path: Path
 ) -> None:
     (home / "access_token").unlink()
+    of_a_mac = {"__MACOSX/a/n01/n01_3.JPEG": b"", "a/n01/._n01_1.JPEG": b"", ".b/n03/1.JPEG": b""}
     for name, tree in TREE_100K.items():
-        kaggle.contents[name] = make_zip(tmp_path / "made.zip", tree).read_bytes()
+        archive = make_zip(tmp_path / "made.zip", {**of_a_mac, **tree})
+        kaggle.contents[name] = archive.read_bytes()
     folder = tmp_path / "small"
     said = succeeded(prepare(kaggle, home, "imagenet-100k", folder, "--remove-archive"))
     assert "has 4 training and 2 validation pictures in 2 classes, as it should\n" in said
@@ -642,18 +655,32 @@ def test_missing_credentials_are_told(kaggle: Kaggle, home: Path, folder: Path) 
 def test_too_small_a_disk_is_refused_before_anything_is_asked(
     kaggle: Kaggle, home: Path, folder: Path, content: bytes
 ) -> None:
-    # 10 MB of which 2 are there, and 6 pictures that the store has a gigabyte for.
-    leave_half(folder, content[: 2 * MB])
+    # 10 GB of which 4 are there, and 6 pictures that the store has a gigabyte for, 2.5 there.
+    leave_half(folder, content)
+    os.truncate(folder / f"{SLUG}.zip", 4 * 10**9)
+    marker = {"validator": '"1"', "size": 10**10}
+    (folder / f"{SLUG}.zip.kaggle-partial").write_text(json.dumps(marker))
+    with store.StoreWriter(folder / "imagenet.store", {"max_side": 400, "quality": 90}) as begun:
+        pass
+    os.truncate(begun.partial, 25 * 10**8)
     fault = """
 kaggle_imagenet.PACKED_BYTES = 10**9
-kaggle_imagenet.shutil.disk_usage = lambda path: type("Usage", (), {"free": 6 * 10**9})
+kaggle_imagenet.shutil.disk_usage = lambda path: type("Usage", (), {"free": 94 * 10**8})
 """
     line = error_line(prepare(kaggle, home, "imagenet", folder, fault=fault))
     assert line == (
-        f"{folder} has 6.0 GB free, ImageNet-1k needs about 6.0 GB more: 0.0 GB to download, "
-        "6.0 GB for the store: make room, or name a folder on a larger disk"
+        f"{folder} has 9.4 GB free, ImageNet-1k needs about 9.5 GB more: 6.0 GB to download, "
+        "3.5 GB for the store: make room, or name a folder on a larger disk"
     )
     assert {address for address, _, _ in kaggle.log} == {INTROSPECT}  # `kaggle --version` does
+    for path in folder.iterdir():
+        path.unlink()
+    fault = fault.replace("94 *", "1 *")
+    line = error_line(prepare(kaggle, home, "imagenet", folder, fault=fault))
+    assert "about 6.0 GB more: 0.0 GB to download, 6.0 GB for the store" in line
+    # The archive alone has room.
+    succeeded(prepare(kaggle, home, "imagenet", folder, "--step", "download", fault=fault))
+    assert (folder / f"{SLUG}.zip").read_bytes() == content
 
 
 # ------------------------------------------------------------------------------ wrong archives

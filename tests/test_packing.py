@@ -196,6 +196,17 @@ def test_max_side_0_keeps_every_picture(tmp_path: Path) -> None:
     assert opened.records["height"].tolist() == [600, 600]
 
 
+def test_a_tar_may_begin_with_val(tmp_path: Path) -> None:
+    """In Kaggle's layout, in which the class folders alone are known by their names."""
+    tree = dict(sorted(TREE.items(), key=lambda item: "/val/" not in item[0]))
+    done = pack(make_source(tmp_path / "kaggle.tar", tree), tmp_path / "store")
+    assert (done.returncode, done.stderr) == (0, "")
+    opened = store.open_store(tmp_path / "store")
+    assert entries(opened) == ENTRIES
+    assert bytes(opened.read(4)) == TREE[f"{KAGGLE}/val/ILSVRC2012_val_00000002.JPEG"]
+    assert bytes(opened.read(0)) == TREE[f"{KAGGLE}/train/n01/n01_1.JPEG"]
+
+
 def test_labels_are_looked_for_beside_the_source_and_where_told(tmp_path: Path) -> None:
     source = make_source(tmp_path / "kaggle.tar.gz", UNLABELLED)
     swapped = {"ILSVRC2012_val_00000001": "n01", "ILSVRC2012_val_00000002": "n02"}
@@ -585,6 +596,18 @@ def test_what_may_be_damaged_or_is_left_aside_is_told(tmp_path: Path) -> None:
     assert done.stdout.count("perhaps damaged") == 1
     assert "left aside: 1 files in classes that end in none of .jpg .jpeg " in done.stdout
     assert "the first train/a/picture.jfif\n" in done.stdout
+
+
+def test_what_is_said_of_a_damaged_picture_is_not_said_of_the_next(tmp_path: Path) -> None:
+    """A byte of its Huffman tables is lost: libjpeg complains of it, and Pillow gives up."""
+    content = picture(1)
+    at = content.index(b"\xff\xc4") + 30
+    lost = {"train/a/0_lost.jpg": content[:at] + content[at + 1 :]}
+    source = make_source(tmp_path / "source.zip", {**lost, **SMALL})  # in one thread's few
+    done = pack(source, tmp_path / "store", "--skip-bad-images")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be read: train/a/0_lost.jpg" in done.stdout
+    assert "perhaps damaged" not in done.stdout
 
 
 def test_unreadable_files_of_a_folder_are_bad_pictures(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """store.py: what is written is what is read, and nothing else is; the zip is one for every tool."""
 
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -274,6 +275,45 @@ def test_records_that_point_elsewhere_are_refused(
     assert "point outside the pictures" in text or "labels are of no class" in text
 
 
+@pytest.mark.parametrize("fault", ["label", "parts"])
+def test_an_index_that_is_wrong_by_one_is_refused(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every hash matches: one class beyond the last, one picture in neither part."""
+    save, as_json = np.save, store._json
+
+    def save_wrongly(file: io.BytesIO, records: np.ndarray) -> None:
+        records["label"][1] = 3  # of the classes 0, 1 and 2
+        save(file, records)
+
+    def as_json_wrongly(value: dict) -> bytes:
+        if "parts" in value:
+            value["parts"]["train"][1] -= 1
+        return as_json(value)
+
+    with monkeypatch.context() as patched:
+        if fault == "label":
+            patched.setattr(np, "save", save_wrongly)
+        else:
+            patched.setattr(store, "_json", as_json_wrongly)
+        write(tmp_path / "store")
+    told = {"label": "its labels are of no class", "parts": "its parts are not its pictures"}
+    assert told[fault] in refusal(tmp_path / "store")
+
+
+def test_a_store_that_nothing_uses_any_more_is_closed(written: Path) -> None:
+    def opened_files() -> list[str]:
+        folder = Path("/proc/self/fd")
+        return [os.readlink(link) for link in folder.iterdir() if link.is_symlink()]
+
+    opened = store.open_store(written)
+    opened.read(0)
+    assert str(written) in opened_files()
+    del opened
+    gc.collect()
+    assert str(written) not in opened_files()
+
+
 def test_a_changed_picture_is_refused_when_it_is_read(written: Path) -> None:
     record = store.open_store(written).records[0]
     change(written, int(record["offset"]) + 50)
@@ -351,6 +391,20 @@ def test_a_partial_store_is_cut_at_a_damaged_picture(tmp_path: Path) -> None:
         path.unlink()
 
 
+def test_a_partial_store_is_cut_at_a_damaged_header(tmp_path: Path) -> None:
+    """Even where size and checksum are right: other tools would not read the picture."""
+    digest = write(tmp_path / "whole")
+    path, partial = tmp_path / "store", tmp_path / "store.partial"
+    content = (tmp_path / "whole").read_bytes()
+    header = content.index(b"train/a-b/1.JPEG") - 30
+    for field in (4, 6, 8, 10, 12, 22):  # version, flags, method, time, date, size as unpacked
+        changed = bytearray(content)
+        changed[header + field] ^= 1
+        partial.write_bytes(changed)
+        assert write(path) == digest
+        path.unlink()
+
+
 def test_a_partial_store_of_other_settings_is_refused(tmp_path: Path) -> None:
     path, partial = tmp_path / "store", tmp_path / "store.partial"
     with store.StoreWriter(path, {"max_side": 500, "quality": 90}) as writer:
@@ -422,6 +476,21 @@ def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
             "room and give the same command again, which goes on from there\n"
         )
         assert (tmp_path / "store.partial").stat().st_size == limit
+    assert write(tmp_path / "store") == digest
+
+
+def test_a_disk_without_room_for_the_last_byte_is_told(tmp_path: Path) -> None:
+    """The last write is a short one: what is not whole does not get the store's name."""
+    digest = write(tmp_path / "whole")
+    size = (tmp_path / "whole").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        with pytest.raises(UserError, match="make room and give the same command again"):
+            write(tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "store").exists()
     assert write(tmp_path / "store") == digest
 
 

@@ -269,6 +269,16 @@ def test_lengths_that_only_add_up_are_noticed(shift: str) -> None:
     assert {True, False} == set(answers)
 
 
+@pytest.mark.parametrize(("height", "width"), [(149, 250), (117, 250), (133, 314), (133, 186)])
+def test_a_frame_of_another_size_is_noticed(height: int, width: int) -> None:
+    """A row or a column of tiles more or less than the table has."""
+    at = TILED.index(b"\xff\xc0") + 5
+    assert TILED[at : at + 4] == struct.pack(">HH", 133, 250)
+    encoded = TILED[:at] + struct.pack(">HH", height, width) + TILED[at + 4 :]
+    for rectangle in rectangles(height, width, 3):
+        assert tiled_jpeg.cut(encoded, *rectangle) is None
+
+
 def damaged(encoded: bytes, draw: np.random.Generator) -> bytes:
     """A few bytes changed, left out, doubled or put elsewhere; the half of it in the header."""
     changed = bytearray(encoded)
@@ -340,6 +350,20 @@ def test_training_crops_are_the_same_with_and_without_the_table() -> None:
         assert np.array_equal(ours, expected)
     scales.add(1)
     assert scales == {1, 2, 4, 8} and len(kinds) == 4
+
+
+def test_training_does_not_trust_the_table_of_a_file() -> None:
+    """Which another program may have kept; a store's bytes were compared with their checksum."""
+    config, tiles = Config(train_px=48, workers=0), lengths(TILED)
+    for tile in range(0, len(tiles) - 1, 2):  # each pair has the other's lengths
+        tiles[tile], tiles[tile + 1] = tiles[tile + 1], tiles[tile]
+    content = struct.pack(f">{len(tiles)}H", *tiles)
+    encoded = TILED[:FIELDS_END] + content + TILED[FIELDS_END + len(content) :]
+    for index in range(20):
+        ours, expected = np.zeros((2, 48, 48, 3), np.uint8)
+        data.fill_train(config, 0, as_read(encoded), index, ours)
+        data.fill_train(config, 0, as_read(TILED), index, expected)
+        assert np.array_equal(ours, expected)
 
 
 def test_training_crops_of_a_store_are_those_of_the_folder_unzipped_from_it(tmp_path: Path) -> None:

@@ -686,6 +686,61 @@ def test_files_of_one_checksum_are_compared(tmp_path: Path) -> None:
     assert "the same picture" not in done.stdout
 
 
+def test_what_is_said_of_a_damaged_picture_is_not_said_of_the_next(tmp_path: Path) -> None:
+    """A byte of its Huffman tables is lost: libjpeg complains of it, and Pillow gives up."""
+    content = jpeg(SCENE)
+    at = content.index(b"\xff\xc4") + 30
+    good_set(tmp_path, **{"a/0_lost.jpg": content[:at] + content[at + 1 :]})
+    done = verify(tmp_path)
+    assert told(done.stdout).keys() == {f"{tmp_path}/train/a/0_lost.jpg"}
+    assert "perhaps damaged" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "notes"),
+    [
+        (31, 40, ["below 32 px"]),
+        (40, 32, []),
+        (5000, 5000, []),
+        (5000, 5001, ["above 25 million pixels"]),
+    ],
+)
+def test_sizes_are_odd_beyond_the_limits_told(height: int, width: int, notes: list[str]) -> None:
+    content = jpeg(Image.new("RGB", (width, height)))
+    found = verifying.inspect("a.jpg", image_files.encoded(content))
+    assert found == (height, width, "JPEG", notes)
+
+
+def test_a_photo_with_its_preview_is_not_animated() -> None:
+    """Such as cameras write, turned: only then does Pillow look at it."""
+    stored, exif = turned(SCENE, 6)
+    content = encode(stored, "MPO", save_all=True, append_images=[GREY.reduce(2)], exif=exif)
+    *size, kind, notes = verifying.inspect("photo.jpg", image_files.encoded(content))
+    assert (*size, kind) == (60, 84, "MPO")
+    assert notes == ["turned upright, as EXIF data asks for"]
+
+
+def test_a_part_is_described_by_its_names_and_its_readable_pictures() -> None:
+    def part(names: bytes) -> verifying.Part:
+        images = image_files.ImageSet(Path("train"), ("a",), names, np.zeros(3, np.int64))
+        sides = np.array([[0, 0], [60, 84], [40, 100]], np.int32)
+        return verifying.Part(images, np.ones(3, np.int64), np.ones(3, np.uint32), sides, None)
+
+    numbers = verifying.describe(part(b"a/1.jpg\na/2.jpg\na/3.jpg"))
+    assert (numbers["least_height_px"], numbers["least_width_px"]) == (40, 84)
+    other = verifying.describe(part(b"a/1.jpg\na/2.jpg\na/4.jpg"))
+    assert numbers["fingerprint"] != other["fingerprint"]
+
+
+def test_no_checksums_are_kept_of_a_part_with_an_empty_class(tmp_path: Path) -> None:
+    good_set(tmp_path, **{"b/good.jpg": jpeg(SCENE, quality=80)})
+    (tmp_path / "val" / "b").mkdir()
+    settled(tmp_path)
+    assert told(verify(tmp_path).stdout) == {f"{tmp_path}/val/b": "no picture in it"}
+    assert (tmp_path / "train" / image_files.INDEX_NAME).exists()
+    assert not (tmp_path / "val" / image_files.INDEX_NAME).exists()
+
+
 def imagenet(train: int, val: dict[str, int]) -> dict[str, verifying.Part]:
     """Parts of 1,000 classes, the training pictures shared out among them."""
     classes = tuple(f"n{number:08d}" for number in range(1000))
@@ -709,6 +764,16 @@ def test_the_counts_of_imagenet_are_known() -> None:
         ("val/n00000007", "49 pictures, ImageNet-1k has 50"),
         ("val/n00000009", "51 pictures, ImageNet-1k has 50"),
     ]
+
+
+def test_names_that_only_begin_as_imagenets_are_others() -> None:
+    parts = imagenet(2000, {})
+    assert verifying.is_imagenet(parts)
+    for part in parts.values():
+        classes = tuple(f"{name}_small" for name in part.images.classes)
+        part.images = dataclasses.replace(part.images, classes=classes)
+    assert not verifying.is_imagenet(parts)
+    assert verifying.unlike_imagenet(parts) == []
 
 
 def test_what_looks_like_imagenet_is_compared_with_it(tmp_path: Path) -> None:

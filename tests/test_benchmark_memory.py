@@ -14,7 +14,7 @@ SCRIPT = REPOSITORY / "scripts" / "benchmark_memory.py"
 
 
 def test_it_reads_the_memory_of_every_epoch_of_every_run(tmp_path: Path) -> None:
-    make_images(tmp_path / "images", classes=2, images=16)
+    make_images(tmp_path / "images", classes=2, images=4)
     output = tmp_path / "memory.json"
     done = run_stage_command(
         *(SCRIPT, tmp_path / "images", "--workers", 1, 2, "--epochs", 2, "--batch-size", 4),
@@ -31,7 +31,7 @@ def test_it_reads_the_memory_of_every_epoch_of_every_run(tmp_path: Path) -> None
 
 
 def test_ended_early_it_ends_its_trainer_too(tmp_path: Path) -> None:
-    make_images(tmp_path / "images", classes=2, images=16)
+    make_images(tmp_path / "images", classes=2, images=4)
     command = [sys.executable, SCRIPT, tmp_path / "images", "--epochs", "100", "--batch-size", "4"]
     benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
     benchmark.stdout.readline()  # an epoch is over

@@ -1,8 +1,9 @@
 """The train step, the evaluation and the average, against each written out by hand."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from test_trainer import (  # noqa: F401 (fixtures are among them)
     settings,
     train,
 )
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import augment
 import checkpoint
 import data
 import engine
 import image_files
 import muon
-from utils import Config, UserError, learning_rate
+from utils import RECIPES, Config, UserError, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -376,3 +379,130 @@ def test_loss_scaling_goes_on_where_it_was(settings: dict[str, object]) -> None:
     run.load(state)
     assert run.scaler.state_dict() == state["scaler"]
     assert (run.scaler.get_scale(), run.state()["scaler"]["_growth_tracker"]) == (512.0, 1999)
+
+
+# ------------------------------------------------------------------------------ on a GPU
+
+GPU = torch.device("cuda", 0)
+
+
+class SharedMode(FakeTensorMode):
+    """One that the copy of a model keeps."""
+
+    def __deepcopy__(self, _: object) -> "SharedMode":
+        return self
+
+
+@pytest.fixture
+def gpu_without_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that is not there: its tensors have a shape, a dtype and a device, but no values.
+
+    What mixes devices is refused, and what waits for a value. PyTorch lacks a few parts of it: a
+    module's `to`, the backward pass, for which each parameter gets a gradient of its own kind, and
+    the kernel of the fused step.
+    """
+
+    def to(
+        module: torch.nn.Module,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> torch.nn.Module:
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    layout = memory_format if tensor.ndim == 4 else torch.preserve_format
+                    moved = tensor.detach().to(device, memory_format=layout)
+                    is_weight = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(moved) if is_weight else moved
+        return module
+
+    def fused_sgd(*lists: list[torch.Tensor], **options: object) -> None:
+        told = [options.get("grad_scale"), options.get("found_inf")]
+        tensors = [*itertools.chain(*lists), *(one for one in told if one is not None)]
+        assert {tensor.device for tensor in tensors} == {torch.device("meta")}
+
+    torch._C._ensureCUDADeviceGuardSet()  # which does nothing where there is no driver
+    for owner, name, value in (
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (torch.nn.Module, "to", to),
+        (engine, "choose_device", lambda _: GPU),
+        (data, "to_device", lambda batches, _: batches),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    data._scale_and_shift.cache_clear()
+    with torch.library._scoped_library("aten", "IMPL", "Meta") as library, SharedMode():
+        library.impl("_fused_sgd_", fused_sgd)
+        yield
+    data._scale_and_shift.cache_clear()
+
+
+def step_without_values(
+    run: engine.Run,
+    config: Config,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    labels_on: torch.device = GPU,
+) -> torch.Tensor:
+    """A train step on eight images of 64 px."""
+
+    def backward(_: torch.Tensor) -> None:
+        for parameter in run.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    images = torch.zeros(8, 64, 64, 3, dtype=torch.uint8, device=GPU)
+    labels = torch.zeros(8, dtype=torch.int64, device=labels_on)
+    mix = augment.draw_mix(config, 0, step, 64)
+    return engine.train_step(run, images, labels, 0.1, mix=mix)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("reference", {}),
+        ("reference", {"precision": "fp32", "micro_batch_size": 3, "loss": "bce"}),
+        ("fast", {}),
+        ("fast", {"precision": "bf16"}),
+        ("accurate", {}),
+        ("accurate", {"precision": "fp32", "average_steps": 2}),
+    ],
+)
+def test_a_step_and_an_evaluation_on_a_gpu_mix_no_devices_and_wait_for_nothing(
+    recipe: str,
+    changes: dict[str, object],
+    gpu_without_values: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = dataclasses.replace(RECIPES[recipe].config, **changes)
+    run = engine.new_run(config, 1000)
+    assert run.precision == changes.get("precision", "fp16")
+    assert run.scaler.is_enabled() == (run.precision == "fp16")
+    mixes = {augment.draw_mix(config, 0, step, 64) is not None for step in range(3)}
+    assert mixes == {recipe == "accurate"}
+    run.model.train()
+    for step in range(3):
+        loss = step_without_values(run, config, step, monkeypatch)
+        assert (loss.device, loss.dtype) == (GPU, torch.float32)
+    assert {total.device for total in run.totals.values()} == {GPU}
+    weight = run.model.model.layer1[0].conv1.weight
+    assert (weight.device, weight.dtype) == (GPU, torch.float32)
+
+    run.kept.eval()
+    batch = torch.zeros(8, 64, 64, 3, dtype=torch.uint8, device=GPU), torch.zeros(8, device=GPU)
+    batches = (each for each in [batch])
+    ((logits, _),) = engine.logits_of(run.kept, batches, GPU, run.precision, bool)
+    assert (logits.device, logits.dtype, logits.shape) == (GPU, torch.float32, (8, 1000))
+
+
+def test_the_gpu_without_values_refuses_what_mixes_devices_or_waits(
+    gpu_without_values: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RECIPES["reference"].config
+    run = engine.new_run(config, 1000)
+    with pytest.raises(DataDependentOutputException):
+        engine.read_totals(run.totals, "train")
+    with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
+        step_without_values(run, config, 0, monkeypatch, labels_on=torch.device("cpu"))

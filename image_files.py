@@ -202,6 +202,7 @@ class ImageSet:
             try:
                 content = self.read(index)[0]
                 decode(content)
+                take_complaint()  # told where the picture is used, and not of another
                 digest.update(np.uint32(zlib_ng.crc32(content)).tobytes())
             except (ValueError, OSError) as error:
                 raise self.unreadable(index, error) from None

@@ -259,14 +259,18 @@ def test_a_jpeg_damaged_inside_is_refused_or_what_other_programs_show() -> None:
     assert refused > 2 * shown > 0
 
 
-def test_a_progressive_jpeg_that_lacks_a_scan_is_shown_with_a_complaint() -> None:
+def without_a_scan() -> bytes:
+    """A progressive JPEG that lacks its second scan, with the tables before it."""
     content = jpeg(SCENE, progressive=True)
     scans = [found.start() for found in re.finditer(b"\xff\xda", content)]
     tables = [found.start() for found in re.finditer(b"\xff\xc4", content)]
-    # From the tables of the second scan to those of the third.
     start, end = (max(at for at in tables if at < scan) for scan in scans[1:3])
+    return content[:start] + content[end:]
+
+
+def test_a_progressive_jpeg_that_lacks_a_scan_is_shown_with_a_complaint() -> None:
     image_files.take_complaint()
-    assert image_files.decode(content[:start] + content[end:]).shape == (60, 84, 3)
+    assert image_files.decode(without_a_scan()).shape == (60, 84, 3)
     assert image_files.take_complaint().startswith("Inconsistent progression sequence")
     assert image_files.take_complaint() == ""
 
@@ -487,6 +491,14 @@ def test_no_damaged_picture_is_a_part_of_the_fingerprint(index: int, tmp_path: P
     else:
         with pytest.raises(UserError, match=f"cannot read {images.path(index)} .*a good copy"):
             images.fingerprint()
+
+
+def test_a_complaint_of_a_picture_in_the_fingerprint_is_not_told_of_the_next(
+    tmp_path: Path,
+) -> None:
+    images = write_set(tmp_path, {"a/1.jpg": without_a_scan(), "b/1.jpg": WHOLE["a.jpg"]})
+    images.fingerprint()
+    assert image_files.take_complaint() == ""
 
 
 # ------------------------------------------------------------------------------ a run's images

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -183,6 +184,21 @@ def test_every_format_keeps_blurpool() -> None:
         for exporter in generate_trace_model.EXPORTERS.values():
             export = exporter(model, 64, {"name": "blurred"})
             assert (export.run(images) - expected).abs().max() <= 1e-4
+
+
+def test_what_pytorch_reads_back_can_be_moved_to_a_gpu() -> None:
+    """No place of it says that it is for the CPU, on which it was made."""
+    model = ResNet50Wrapper(3, blurpool=True).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.load(
+            io.BytesIO(generate_trace_model.as_torchscript(model, 32, {}).content)
+        )
+    assert "Device = prim::Constant" not in str(traced.inlined_graph)
+    content = generate_trace_model.as_pt2(model, 32, {}).content
+    program = torch.export.load(io.BytesIO(content))
+    assert "device" not in program.graph_module.code
+    assert set(dict(program.named_buffers())) == set(dict(model.named_buffers()))
 
 
 def test_without_onnx_the_app_keeps_what_it_has(runs: Path, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import boto3
@@ -422,25 +425,59 @@ def test_a_dry_run_changes_nothing(machines: Machines) -> None:
 # ------------------------------------------------------------------------------ what goes wrong
 
 
-def snapshot(emulator: Emulator, data_set: str = "imagenette") -> None:
-    """What prepare leaves."""
+def ec2_of(emulator: Emulator) -> Any:
+    """EC2 in the account, without these commands."""
     session = boto3.Session("test", "test", region_name="us-east-1")
-    ec2 = session.client("ec2", endpoint_url=emulator.environment["AWS_ENDPOINT_URL"])
+    return session.client("ec2", endpoint_url=emulator.environment["AWS_ENDPOINT_URL"])
+
+
+def tagged(kind: str, project: str = "resnet50-imagenet", **tags: str) -> list[dict[str, Any]]:
+    """The project's tags, for what is made by hand."""
+    pairs = {"project": project, **tags}
+    listed = [{"Key": f"resnet50-{key}", "Value": value} for key, value in pairs.items()]
+    return [{"ResourceType": kind, "Tags": listed}]
+
+
+def snapshot(
+    emulator: Emulator,
+    data_set: str = "imagenette",
+    project: str = "resnet50-imagenet",
+    complete: bool = True,
+) -> str:
+    """What prepare leaves; its id."""
+    ec2 = ec2_of(emulator)
     volume = ec2.create_volume(AvailabilityZone="us-east-1b", Size=60)["VolumeId"]
-    tags = {"resnet50-project": "resnet50-imagenet", "resnet50-data": data_set}
     made = ec2.create_snapshot(
-        VolumeId=volume,
-        TagSpecifications=[
-            {
-                "ResourceType": "snapshot",
-                "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
-            }
-        ],
+        VolumeId=volume, TagSpecifications=tagged("snapshot", project, data=data_set)
     )
-    ec2.get_waiter("snapshot_completed").wait(
-        SnapshotIds=[made["SnapshotId"]], WaiterConfig={"Delay": 1}
-    )
+    if complete:
+        ec2.get_waiter("snapshot_completed").wait(
+            SnapshotIds=[made["SnapshotId"]], WaiterConfig={"Delay": 1}
+        )
     ec2.delete_volume(VolumeId=volume)
+    return made["SnapshotId"]
+
+
+def rented(emulator: Emulator, environment: dict[str, str], command: str = "launch") -> str:
+    """Rent an instance by a command that ends before its volume is there; the instance's id."""
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", match="gp3")
+    assert "VolumeLimitExceeded" in refused(environment, command, "--yes")
+    groups = ec2_of(emulator).describe_instances()["Reservations"]
+    (instance_id,) = (
+        one["InstanceId"]
+        for group in groups
+        for one in group["Instances"]
+        if one["State"]["Name"] != "terminated"
+    )
+    return instance_id
+
+
+def an_aws(folder: Path, script: str) -> Path:
+    """A folder with an `aws` of bash's, in which $aws is the one that there is."""
+    folder.mkdir()
+    (folder / "aws").write_text(f"#!/bin/bash\naws=$(type -ap aws | sed -n 2p)\n{script}\n")
+    (folder / "aws").chmod(0o755)
+    return folder
 
 
 @pytest.fixture
@@ -753,6 +790,82 @@ def test_another_address_takes_the_place_of_the_one_that_could_log_in(
     assert account(emulator)["groups"] == ['[["203.0.113.8/32"]]']
 
 
+def test_only_port_22_is_open_and_to_one_address(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.fail("RunInstances", "MaxSpotInstanceCountExceeded", times=0)
+    ec2 = ec2_of(emulator)
+
+    def rules() -> list[tuple[object, ...]]:
+        refused(environment, "launch", "--yes")
+        names = [{"Name": "group-name", "Values": ["resnet50-imagenet"]}]
+        (group,) = ec2.describe_security_groups(Filters=names)["SecurityGroups"]
+        group_ids.append(group["GroupId"])
+        return [
+            (one["IpProtocol"], one["FromPort"], one["ToPort"], one["IpRanges"], one["Ipv6Ranges"])
+            for one in group["IpPermissions"]
+        ]
+
+    group_ids: list[str] = []
+    only_ssh = [("tcp", 22, 22, [{"CidrIp": "203.0.113.7/32"}], [])]
+    assert rules() == only_ssh
+    all_v4, all_v6 = {"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}, {"Ipv6Ranges": [{"CidrIpv6": "::/0"}]}
+    # By hand, say for a notebook; the AWS console's "all TCP"; the same port by IPv6.
+    for first, last, who in ((8888, 8888, all_v4), (0, 65535, all_v4), (22, 22, all_v6)):
+        by_hand = {"IpProtocol": "tcp", "FromPort": first, "ToPort": last, **who}
+        ec2.authorize_security_group_ingress(GroupId=group_ids[0], IpPermissions=[by_hand])
+        assert rules() == only_ssh
+
+
+def test_a_key_is_made_once_and_one_of_another_computer_is_asked_for(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    snapshot(emulator)
+    emulator.fail("RunInstances", "MaxSpotInstanceCountExceeded", times=0)
+    here = {**environment, "RESNET50_SSH_KEY": "", "HOME": str(tmp_path)}
+    key = tmp_path / ".ssh" / "resnet50-imagenet"
+    cloud(here, "launch", "--dry-run")
+    assert not key.exists()
+    refused(here, "launch", "--yes")
+    made = key.read_bytes()
+    assert key.stat().st_mode & 0o777 == 0o600 and key.parent.stat().st_mode & 0o777 == 0o700
+    refused(here, "launch", "--yes")
+    assert key.read_bytes() == made and len(emulator.calls("ImportKeyPair")) == 1
+    emulator.clear()
+    there = {**here, "HOME": str(tmp_path / "other")}
+    said = refused(there, "launch", "--yes")
+    assert "is not on this computer: copy it" in said and "delete-key-pair" in said
+    assert changes(emulator) == [] and not (tmp_path / "other").exists()
+
+
+def test_a_mirror_that_is_set_later_or_changed_may_be_used(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    rented(emulator, environment)
+    session = boto3.Session("test", "test", region_name="us-east-1")
+    url = environment["AWS_ENDPOINT_URL"]
+    session.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
+    text = f'IAM Instance Profile "arn:aws:iam::1:instance-profile/{IAM_NAME}" has no associated '
+    emulator.fail("AssociateIamInstanceProfile", "InvalidParameterValue", f"{text}IAM Roles")
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", match="gp3", times=0)
+    for mirror in ("s3://bucket/a", "s3://bucket/a", "s3://bucket/b"):
+        said = refused(environment, "launch", "--yes", "--mirror", mirror)
+        assert "VolumeLimitExceeded" in said
+        policy = session.client("iam", endpoint_url=url).get_role_policy(
+            RoleName=IAM_NAME, PolicyName="mirror"
+        )
+        objects = policy["PolicyDocument"]["Statement"][1]["Resource"]
+        assert objects == f"arn:aws:s3:::{mirror.removeprefix('s3://')}/*"
+        # Refused once, then given; the same profile is not given again.
+        assert len(emulator.calls("AssociateIamInstanceProfile")) == 2
+    (association,) = ec2_of(emulator).describe_iam_instance_profile_associations()[
+        "IamInstanceProfileAssociations"
+    ]
+    assert association["IamInstanceProfile"]["Arn"].endswith(IAM_NAME)
+
+
 def test_tear_down_leaves_what_is_not_the_projects(
     emulator: Emulator, environment: dict[str, str]
 ) -> None:
@@ -765,6 +878,87 @@ def test_tear_down_leaves_what_is_not_the_projects(
     said = cloud(environment, "tear-down", "--yes").stdout
     assert "snapshot snap-" in said and other not in said
     assert account(emulator) == {"volumes": ["7 GB, available"]}
+
+
+def test_another_projects_things_are_left_alone(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    other = {**environment, "RESNET50_PROJECT": "other"}
+    snapshot(emulator, project="other")
+    rented(emulator, other)
+    before = account(emulator)
+    assert before["spot requests"] == ["active"] and before["snapshots"] == ["completed"]
+    said = cloud(environment, "tear-down", "--yes").stdout
+    assert said == "nothing in us-east-1 bears the tag resnet50-project=resnet50-imagenet\n"
+    assert "run prepare first" in refused(environment, "launch", "--yes")
+    snapshot(emulator)
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", match="gp3")
+    assert "VolumeLimitExceeded" in refused(environment, "launch", "--yes")
+    both = account(emulator)
+    assert {kind: 2 * len(states) for kind, states in before.items()} == {
+        kind: len(states) for kind, states in both.items()
+    }
+    assert cloud(environment, "tear-down", "--yes").stdout.endswith("all gone\n")
+    assert account(emulator) == before
+
+
+def test_what_is_to_be_kept_is_not_torn_down(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.fail("AttachVolume", "RequestLimitExceeded")
+    refused(environment, "launch", "--yes")
+    lost = "The runs' checkpoints and results go too."
+    keep = ("tear-down", "--keep-runs", "--keep-snapshot")
+    assert lost in cloud(environment, "tear-down", "--dry-run").stdout
+    said = cloud(environment, *keep, "--dry-run").stdout
+    assert lost not in said and ", runs, 20 GB" not in said
+    assert cloud(environment, *keep, "--yes").stdout.endswith("all else is gone\n")
+    assert account(emulator) == {"volumes": ["20 GB, available"], "snapshots": ["completed"]}
+    assert cloud(environment, "tear-down", "--yes").stdout.endswith("all gone\n")
+    assert account(emulator) == {}
+
+
+def test_what_comes_while_it_is_torn_down_is_torn_down_too(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As the successor of an instance that is terminated before its request is cancelled."""
+    snapshot(emulator)
+    first = rented(emulator, environment)
+    script = f"""if [ "$2" = cancel-spot-instance-requests ]; then
+        $aws ec2 terminate-instances --instance-ids {first} >/dev/null
+    fi
+    exec $aws "$@\""""
+    done = cloud(environment, "tear-down", "--yes", path=an_aws(tmp_path / "late", script))
+    assert done.stdout.endswith("all gone\n"), done.stderr
+    assert account(emulator) == {}
+
+
+def test_what_is_gone_already_does_not_keep_the_rest(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    snapshot(emulator)
+    emulator.fail("RunInstances", "MaxSpotInstanceCountExceeded")
+    refused(environment, "launch", "--yes")
+    emulator.fail("DeleteSnapshot", "InvalidSnapshot.InUse")
+    assert "InvalidSnapshot.InUse" in refused(environment, "tear-down", "--yes")
+    script = '[ "$2" != delete-snapshot ] || $aws "$@"\nexec $aws "$@"'  # somebody else, before
+    done = cloud(environment, "tear-down", "--yes", path=an_aws(tmp_path / "twice", script))
+    assert done.stdout.endswith("all gone\n"), done.stderr
+    assert account(emulator) == {}
+
+
+def test_who_does_not_say_yes_changes_nothing(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.clear()
+    for answer in ("\n", "n\n"):
+        for command in ("tear-down", "launch"):
+            line = f"python3 scripts/aws/cloud.py {command} || echo ended with $?"
+            said = typed(line, environment, answer)
+            assert said.endswith("Go on? [y/N] ended with 2\n"), said
+    assert changes(emulator) == []
 
 
 def test_without_a_mirror_no_permission_for_iam_is_needed(
@@ -807,6 +1001,312 @@ def test_a_new_instance_profile_is_waited_for(
     assert "VolumeLimitExceeded" in done.stderr
     assert len(emulator.calls("RunInstances")) == 2
     assert "is rented, and costs" in done.stdout
+
+
+def test_the_newest_complete_snapshot_of_the_data_set_is_trained_on(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    time.sleep(1.1)  # their times are whole seconds
+    newest = snapshot(emulator)
+    snapshot(emulator, "imagenet-100k")
+    said = cloud(environment, "launch", "--dry-run", "--data-gb", "10").stdout
+    assert f'"SnapshotId": "{newest}", "VolumeSize": 60' in said  # not less than it holds
+    time.sleep(1.1)
+    emulator.set(snapshot_describes=50)
+    snapshot(emulator, complete=False)
+    assert "run prepare first" in refused(environment, "launch", "--yes")
+    assert emulator.calls("RunInstances") == []
+
+
+def test_the_price_is_that_of_the_zone_where_it_is_rented(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.set(price_usd=0.123, instance_type="g5.xlarge", zone="us-east-1c")
+    said = cloud(environment, "launch", "--dry-run").stdout
+    assert "a g5.xlarge, spot, in us-east-1c at $0.123 an hour now" in said
+
+
+def test_prices_show_the_odds_where_they_may_be_asked_for(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    emulator.set(score=10, zone="us-east-1b")
+    rows = dict(line.split(maxsplit=1) for line in cloud(environment, "prices").stdout.splitlines())
+    assert rows["us-east-1b"].split()[-1] == "10"
+    emulator.fail("GetSpotPlacementScores", "UnauthorizedOperation")
+    rows = dict(line.split(maxsplit=1) for line in cloud(environment, "prices").stdout.splitlines())
+    assert rows["us-east-1b"].split()[-1] == "-"
+
+
+def test_the_data_are_prepared_where_their_volume_lies(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    ec2_of(emulator).create_volume(
+        AvailabilityZone="us-east-1c", Size=60, TagSpecifications=tagged("volume", role="data")
+    )
+    said = cloud(environment, "prepare", "--dry-run").stdout
+    assert re.findall(r"AvailabilityZone=(\S+)", said) == ["us-east-1c"]
+
+
+@pytest.mark.parametrize("command", ["prepare", "launch"])
+def test_the_end_of_the_instance_before_is_waited_for(
+    command: str, emulator: Emulator, environment: dict[str, str]
+) -> None:
+    """It holds its volumes until then."""
+    if command == "launch":
+        snapshot(emulator)
+    last = rented(emulator, environment, command)
+    ec2 = ec2_of(emulator)
+    for request in ec2.describe_spot_instance_requests()["SpotInstanceRequests"]:
+        ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[request["SpotInstanceRequestId"]])
+    emulator.set(instance_describes=6)
+    ec2.terminate_instances(InstanceIds=[last])
+    emulator.set(instance_describes=0)
+    emulator.clear()
+    emulator.fail("CreateVolume", "VolumeLimitExceeded", match="gp3")
+    assert "VolumeLimitExceeded" in refused(environment, command, "--yes")
+    actions = [call["action"] for call in emulator.calls()]
+    before = emulator.calls()[: actions.index("RunInstances")]
+    assert [call for call in before if call["params"].get("InstanceId.1") == last]
+
+
+def test_an_instance_that_is_only_coming_is_gone_on_with(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.set(instance_describes=50)
+    emulator.fail("DescribeInstances", "RequestLimitExceeded", match="InstanceId.1")
+    refused(environment, "launch", "--yes")
+    said = cloud(environment, "launch", "--dry-run").stdout
+    assert "there is an instance already: i-" in said and ", pending\n" in said
+
+
+def test_of_two_instances_none_is_chosen(emulator: Emulator, environment: dict[str, str]) -> None:
+    snapshot(emulator)
+    first = rented(emulator, environment)
+    ec2 = ec2_of(emulator)
+    (group,) = ec2.describe_instances(InstanceIds=[first])["Reservations"]
+    ec2.run_instances(
+        ImageId=group["Instances"][0]["ImageId"],
+        InstanceType="g5.xlarge",
+        MinCount=1,
+        MaxCount=1,
+        TagSpecifications=tagged("instance", role="train"),
+    )
+    emulator.clear()
+    for command in ("launch", "watch", "fetch", "stop"):
+        said = refused(environment, command)
+        assert "there are 2 training instances" in said and "tear-down --dry-run" in said
+    assert changes(emulator) == []
+
+
+def test_what_ec2_has_taken_is_not_started_to_fetch(
+    emulator: Emulator, environment: dict[str, str]
+) -> None:
+    snapshot(emulator)
+    emulator.interrupt(rented(emulator, environment))
+    emulator.clear()
+    assert "once EC2 has started" in refused(environment, "fetch", "--yes")
+    assert changes(emulator) == []
+
+
+def test_nohup_holds(emulator: Emulator, environment: dict[str, str]) -> None:
+    snapshot(emulator)
+    with subprocess.Popen(
+        [
+            *("env", "--ignore-signal=HUP", sys.executable),
+            *(REPOSITORY / "scripts" / "aws" / "cloud.py", "launch", "--yes"),
+        ],
+        env={**environment, "RESNET50_SSH_OPTIONS": "-o ProxyCommand=false"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as launching:  # fmt: skip
+        wait_for(lambda: emulator.calls("AttachVolume"))
+        launching.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launching.wait(2)
+        launching.terminate()
+        said, complaint = launching.communicate(timeout=60)
+    assert complaint == "error: interrupted\n" and "is rented, and costs" in said
+
+
+def test_a_snapshot_that_fails_is_made_anew_and_until_then_all_is_kept(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The emulator's do not fail.
+    failing = an_aws(tmp_path / "failing", '$aws "$@" | sed s/\\"completed\\"/\\"error\\"/')
+    rented(emulator, environment, "prepare")
+    before = account(emulator)
+    emulator.set(snapshot_describes=2)
+    made = snapshot(emulator, complete=False)
+    for name, value in {**environment, "PATH": f"{failing}:{environment['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import cloud as commands
+
+    monkeypatch.setattr(commands, "SNAPSHOT_POLL_S", 0)
+    settings = commands.load_settings()
+    options = commands.Prepare(yes=True, settings=settings)
+    with pytest.raises(UserError, match=f"{made} failed: the same command makes another"):
+        commands.prepare(options, commands.Aws("", dry_run=False))
+    assert account(emulator) == {**before, "snapshots": ["completed"]}
+    said = cloud(environment, "prepare", "--dry-run", path=failing).stdout
+    deleted, *_, created = re.findall(r"^\$ aws ec2 (\S+-snapshot) (.*)", said, re.M)
+    assert deleted == ("delete-snapshot", f"--snapshot-id {made}")
+    assert created[0] == "create-snapshot"
+
+
+# ------------------------------------------------------------------------------ what is asked of it
+
+
+def machine_that(folder: Path, answers: str = "") -> Path:
+    """A folder with an `ssh` that writes down what it is asked, and answers: cases of bash's."""
+    folder.mkdir(exist_ok=True)
+    script = f'command=${{@: -1}}\necho "$command" >>{folder}/asked\ncase $command in'
+    (folder / "ssh").write_text(f"#!/bin/bash\n{script}\n{answers}\nesac\n")
+    (folder / "ssh").chmod(0o755)
+    return folder
+
+
+def asked(folder: Path) -> list[str]:
+    """What the machine was asked since the last time, but for the first words of each login."""
+    lines = (folder / "asked").read_text().splitlines()
+    (folder / "asked").unlink()
+    return [line for line in lines if line != "true"]
+
+
+def test_a_machine_that_is_about_to_stop_stays_while_it_is_fetched_from(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    snapshot(emulator)
+    answers = """*resnet50-poweroff.timer) echo active ;;
+        "ls /mnt/runs") echo run lost+found ;;
+        tar*) tar c --files-from=/dev/null; [ ! -e {folder}/broken ] || exit 2 ;;"""
+    ssh = machine_that(tmp_path / "ssh", answers.format(folder=tmp_path))
+    assert cloud(environment, "launch", "--yes", path=ssh).returncode == 0
+    fetch = ("fetch", "--yes", "--to", str(tmp_path / "runs"))
+    here = "cd resnet50/scripts/aws/instance && sudo"
+    while_fetching = [
+        f"{here} bash poweroff.sh 2h",
+        "ls /mnt/runs",
+        "tar c -C /mnt/runs --exclude=checkpoints -- run",
+        f"{here} bash poweroff.sh 10min",
+    ]
+    asked(ssh)
+    emulator.clear()
+    assert cloud(environment, *fetch, path=ssh).returncode == 0
+    assert asked(ssh)[1:] == while_fetching
+    (tmp_path / "broken").touch()
+    assert cloud(environment, *fetch, path=ssh).returncode == 2
+    assert asked(ssh)[1:] == while_fetching
+    assert changes(emulator) == []
+
+    # Started for that alone it does not train, and stops by itself if nobody stops it.
+    (tmp_path / "broken").unlink()
+    assert cloud(environment, "stop", path=ssh).returncode == 0
+    emulator.clear()
+    assert cloud(environment, *fetch, path=ssh).returncode == 0
+    first, *_, last = asked(ssh)
+    assert first.startswith(f"{here} systemctl stop resnet50-trainer && sudo bash poweroff.sh 2h")
+    assert last.startswith("tar ")
+    assert changes(emulator) == ["StartInstances", "StopInstances"]
+
+
+def test_a_training_is_stopped_for_other_settings_only_after_asking(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    snapshot(emulator)
+    ssh = machine_that(tmp_path / "ssh", f"*.new*) cat >{tmp_path}/env ;;")
+    assert cloud(environment, "launch", "--yes", path=ssh).returncode == 0
+    asked(ssh)
+    machine_that(
+        ssh,
+        f"""*.new*) cat >{tmp_path}/env ;;
+        cat*aws-instance.env) cat {tmp_path}/env ;;
+        *is-active*) echo active ;;""",
+    )
+    # Its price may be another by now, and not be the cheapest any more.
+    first = (tmp_path / "env").read_text()
+    zone = ec2_of(emulator).describe_volumes()["Volumes"][0]["AvailabilityZone"]
+    emulator.set(price_usd=0.987, instance_type="g5.xlarge", zone=zone)
+    poweroff = "sudo bash resnet50/scripts/aws/instance/poweroff.sh"
+    assert "training runs: see it" in cloud(environment, "launch", path=ssh).stdout
+    assert asked(ssh)[-1] == f"{poweroff} never"
+    assert (tmp_path / "env").read_text() == first
+
+    changed = {**environment, "RESNET50_TRAINER_OPTIONS": "--epochs 7"}
+    done = cloud(changed, "launch", path=ssh)
+    assert "--epochs 7" in done.stdout and "nobody is there to ask" in done.stderr
+    assert asked(ssh)[-1] == "cat resnet50/aws-instance.env"
+    assert cloud(changed, "launch", "--yes", path=ssh).returncode == 0
+    said = asked(ssh)
+    stop = f"{poweroff} 2h && sudo systemctl stop resnet50-trainer && {poweroff} 2h"
+    assert said.index(stop) < next(at for at, line in enumerate(said) if "bootstrap.sh" in line)
+    assert "'--price-per-hour 0.987 --epochs 7'" in (tmp_path / "env").read_text()
+    assert "$0.9870 an hour now" in cloud(changed, "watch", path=ssh).stdout
+
+
+def test_a_preparation_that_fails_leaves_no_snapshot(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    ssh = machine_that(tmp_path / "ssh", "*prepare.status*) exit 3 ;;")
+    done = cloud(environment, "prepare", "--yes", path=ssh)
+    assert done.returncode == 2 and "that failed, as told above" in done.stderr
+    assert "is rented, and costs" in done.stdout
+    found = account(emulator)
+    assert found["instances"] == ["running"] and "snapshots" not in found
+    assert "60 GB, in-use" in found["volumes"]
+
+
+def test_kaggles_key_is_neither_shown_nor_open_to_others(
+    emulator: Emulator, environment: dict[str, str], tmp_path: Path
+) -> None:
+    emulator.set(snapshot_describes=0)
+    answer = f'*kaggle*) HOME={tmp_path} bash -c "umask 022; $command" ;;'
+    ssh = machine_that(tmp_path / "ssh", answer)
+    known = {
+        **environment,
+        "RESNET50_DATA_SET": "imagenet",
+        "KAGGLE_USERNAME": "me",
+        "KAGGLE_KEY": "c0ffee",
+    }
+    known.pop("KAGGLE_API_TOKEN", None)
+    done = cloud(known, "prepare", "--yes", path=ssh)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / ".kaggle" / "kaggle.json"
+    assert json.loads(file.read_text()) == {"username": "me", "key": "c0ffee"}
+    assert file.stat().st_mode & 0o077 == 0
+    assert "c0ffee" not in done.stdout + done.stderr + "".join(asked(ssh))
+    assert "c0ffee" not in emulator.log.read_text()
+
+
+def test_what_never_answers_is_not_waited_for_for_ever(
+    emulator: Emulator,
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import machine
+    import resources
+
+    twice = f"[ $(wc -l <{tmp_path}/ssh/asked) -gt 2 ] || exit 255"
+    ssh = machine_that(tmp_path / "ssh", f"*) {twice} ;;")
+    for name, value in {**environment, "PATH": f"{ssh}:{environment['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    silent = machine.Machine(machine.Settings(), "i-1", "203.0.113.1", dry_run=False)
+    with pytest.raises(UserError, match="does not let this computer log in"):
+        silent.wait(-1)
+    assert (ssh / "asked").read_text() == "true\n"
+
+    monkeypatch.setattr(resources, "PROFILE_S", -1)
+    emulator.fail("CreateVolume", "InvalidParameterValue", "Invalid IAM Instance Profile name")
+    with pytest.raises(UserError, match="Invalid IAM Instance Profile name"):
+        resources.once_its_profile_is_known(
+            resources.Aws("", dry_run=False),
+            *("ec2", "create-volume", "--availability-zone", "us-east-1a", "--size", "1"),
+        )
+    assert len(emulator.calls("CreateVolume")) == 1
 
 
 def test_what_the_disks_cost_is_said_before_they_are_rented(
@@ -923,6 +1423,58 @@ def test_settings_come_from_the_file_the_environment_and_the_command_line(
             settings.load_settings()
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("INITIALIZATION_RATE=50", "initialization_rate is 50: it must be 0, or 100 to 300"),
+        ("INITIALIZATION_RATE=400", "initialization_rate is 400: it must be 0, or 100 to 300"),
+        ("INITIALIZATION_RATE=0", ""),
+        (f"PROJECT={'a' * 41}", "use up to 40 letters, digits and dashes"),
+        (f"PROJECT={'a' * 40}", ""),
+        ("BUDGET_USD=inf", "budget_usd is inf: it must be 0 or more"),
+        ("BUDGET_USD=nan", "budget_usd is nan: it must be 0 or more"),
+        ("ARCHIVE_GB=19", "archive_gb is 19: it must be 20 to 16,384"),
+        ("DATA_GB=0", "data_gb is 0: it must be 1 to 16,384"),
+        ("RUNS_GB=4", "runs_gb is 4: it must be 5 to 16,384"),
+        ("DATA_THROUGHPUT=1001", "data_throughput is 1001: it must be 125 to 1,000"),
+        ("DATA_THROUGHPUT=751", "data_throughput is 751: EC2 gives a quarter of data_iops, 3,000"),
+        ("DATA_THROUGHPUT=750", ""),
+        ("WHEN_DONE=terminate", "when_done is 'terminate': choose stop or keep"),
+    ],
+)
+def test_what_aws_would_refuse_later_is_refused_at_once(
+    line: str, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import settings
+
+    monkeypatch.setattr(settings, "FILE", tmp_path / "aws.env")
+    (tmp_path / "aws.env").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=re.escape(complaint)) if complaint else nullcontext():
+        settings.load_settings()
+
+
+def test_kaggles_credentials_are_found_where_its_own_program_finds_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import cloud as commands
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".kaggle").mkdir()
+    for file in ("kaggle.json", "access_token"):
+        (tmp_path / ".kaggle" / file).write_text(file)
+        assert commands.kaggle_credentials() == (file, file.encode())
+    monkeypatch.setenv("KAGGLE_USERNAME", "me")
+    monkeypatch.setenv("KAGGLE_KEY", "key")
+    name, content = commands.kaggle_credentials()
+    assert (name, json.loads(content)) == ("kaggle.json", {"username": "me", "key": "key"})
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "token")
+    assert commands.kaggle_credentials() == ("access_token", b"token")
+
+
 # ------------------------------------------------------------------------------ on the instance
 
 # One partition of Linux, from sector 64 on, and the mark at the end of the first sector.
@@ -1000,6 +1552,168 @@ def test_a_detached_command_goes_on_without_its_follower_and_is_not_started_twic
     assert (tmp_path / "job.log").read_text() == "began\nended\n"
 
 
+@pytest.fixture
+def instance(tmp_path: Path) -> Path:
+    """The code as on an instance, and programs that write down in `called` what they shall do."""
+    folder = tmp_path / "resnet50"
+    shutil.copytree(
+        REPOSITORY / "scripts" / "aws" / "instance", folder / "scripts" / "aws" / "instance"
+    )
+    (folder / "aws-instance.env").write_text(
+        "DATA_VOLUME=vol-1\nRUNS_VOLUME=vol-2\nSTORE=imagenette.store\nTRAINER_USER=ubuntu\n"
+        "TRAINER_OPTIONS='--epochs 7 --name run'\nWHEN_DONE=stop\n"
+    )
+    for name in (
+        "bin/sudo",
+        "bin/systemctl",
+        "bin/python3",
+        ".venv/bin/python",
+        "scripts/setup.sh",
+    ):
+        program = folder / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f'#!/bin/bash\necho {program.name} "$*" >>{folder}/called\n')
+        program.chmod(0o755)
+    return folder
+
+
+def run_there(instance: Path, *command: str | Path) -> tuple[int, list[str]]:
+    """Run a command with those programs; its exit code, and what they should do."""
+    environment = {**os.environ, "PATH": f"{instance / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=instance, env=environment, capture_output=True, text=True)
+    called = (instance / "called").read_text().splitlines()
+    (instance / "called").unlink()
+    return done.returncode, called
+
+
+def test_a_machine_that_cannot_be_set_up_stops(instance: Path) -> None:
+    bootstrap = ("bash", "scripts/aws/instance/bootstrap.sh")
+    never, soon = (f"sudo bash scripts/aws/instance/poweroff.sh {w}" for w in ("never", "10min"))
+    unit = f"{instance}/resnet50-trainer.service"
+    code, called = run_there(instance, *bootstrap)
+    assert code == 0 and called[0] == never and soon not in called
+    assert called[-1] == "sudo systemctl start resnet50-trainer"
+    # Taken and given back while it is installed, it goes on by itself.
+    assert called.index(f"sudo systemctl enable {unit}") < called.index("setup.sh requirements.txt")
+    text = Path(unit).read_text()
+    assert f"WorkingDirectory={instance}\n" in text and "@" not in text
+
+    for failing in (".venv/bin/python", "scripts/setup.sh"):
+        program = instance / failing
+        works = program.read_text()
+        program.write_text(f"{works}exit 3\n")
+        code, called = run_there(instance, *bootstrap)
+        assert code == 3 and called[0] == never and called[-1] == soon
+        program.write_text(works)
+    env = instance / "aws-instance.env"
+    env.write_text(env.read_text().replace("WHEN_DONE=stop", "WHEN_DONE=keep"))
+    (instance / "scripts/setup.sh").write_text("exit 3\n")
+    code, called = run_there(instance, *bootstrap)
+    assert code == 3 and soon not in called
+
+
+def test_the_trainer_is_told_to_use_the_gpu_and_what_the_settings_say(instance: Path) -> None:
+    line = "set -a; . ./aws-instance.env; bash scripts/aws/instance/train.sh --dry-run"
+    code, (called,) = run_there(instance, "bash", "-c", line)
+    assert code == 0
+    data = "/mnt/data/imagenette.store"
+    assert called == (
+        f"python trainer.py --device cuda --runs-folder /mnt/runs --train-folder-name {data} "
+        f"--val-folder-name {data} --epochs 7 --name run --dry-run"
+    )
+
+
+PREPARE = """
+mount --make-rprivate /
+mount --bind "$1" /mnt
+exec bash scripts/aws/instance/prepare.sh vol-1 imagenet
+"""
+# Of scripts/prepare_data.py: `pip install` comes before it.
+PACK = """
+[ $1 = -m ] && exit
+cd data
+echo packed >imagenet.store
+sha256sum imagenet.store >imagenet.store.sha256
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_machine_that_prepares_stops_by_itself_however_it_ends(
+    instance: Path, tmp_path: Path
+) -> None:
+    volume = tmp_path / "mnt" / "data"
+    volume.mkdir(parents=True)
+    (instance / "data").mkdir()
+    prepare = ("unshare", "--mount", "bash", "-c", PREPARE, "prepare", volume.parent)
+    never, later = (f"sudo bash scripts/aws/instance/poweroff.sh {w}" for w in ("never", "1h"))
+    mounted = "sudo bash scripts/aws/instance/mount.sh vol-1 /mnt/data"
+    python = instance / ".venv/bin/python"
+    writes_down = python.read_text()
+
+    python.write_text(f"{writes_down}[ $1 = -m ]\n")
+    code, called = run_there(instance, *prepare)
+    assert code == 1 and called[:2] == [never, mounted] and called[-1] == later
+    assert "sudo umount /mnt/data" not in called and list(volume.iterdir()) == []
+
+    python.write_text(f"{writes_down}{PACK}")
+    for content in (None, "cut off"):  # its copy, before
+        if content:
+            (volume / "imagenet.store").write_text(content)
+        code, called = run_there(instance, *prepare)
+        assert code == 0 and called[:2] == [never, mounted]
+        assert "python scripts/prepare_data.py imagenet data" in called
+        # All of it has to be in the snapshot.
+        assert called[-2:] == ["sudo umount /mnt/data", later]
+        assert (volume / "imagenet.store").read_text() == "packed\n"
+        assert (volume / "imagenet.store.sha256").exists()
+
+    code, called = run_there(instance, *prepare)  # what is done is not done again
+    assert code == 0 and not [line for line in called if line.startswith("python ")]
+    assert called[-2:] == ["sudo umount /mnt/data", later]
+
+
+SSHD = """
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
+exec /usr/sbin/sshd -i -f "$0"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_machine_with_another_host_key_is_not_trusted(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "aws")
+    import machine
+
+    (tmp_path / "sshd.sh").write_text(SSHD)
+    host_key = tmp_path / "host_key"
+    (tmp_path / "sshd_config").write_text(
+        f"HostKey {host_key}\nAuthorizedKeysFile {key}.pub\nStrictModes no\nUsePAM no\n"
+        "PermitRootLogin yes\nPasswordAuthentication no\nPidFile none\n"
+    )
+    proxy = f"unshare --mount bash -c '. {tmp_path}/sshd.sh' {tmp_path}/sshd_config"
+    settings = machine.Settings(
+        ssh_key=str(key), ssh_user="root", ssh_options=shlex.join(["-o", f"ProxyCommand={proxy}"])
+    )
+
+    def log_in(address: str) -> None:
+        machine.Machine(settings, "i-1", address, dry_run=False).wait(0)
+
+    def new_host_key() -> None:
+        for path in (host_key, host_key.with_suffix(".pub")):
+            path.unlink(missing_ok=True)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host_key], check=True)
+
+    new_host_key()
+    log_in("203.0.113.1")
+    log_in("203.0.113.2")  # another address after a start
+    new_host_key()
+    with pytest.raises(UserError, match="shows another host key than before: not trusted"):
+        log_in("203.0.113.2")
+
+
 # ------------------------------------------------------------------------------ what is public
 
 
@@ -1036,6 +1750,26 @@ def test_a_machine_whose_training_will_not_go_on_is_stopped(
     )
     called = tmp_path / "called"
     assert (called.exists() and "--on-active=10min" in called.read_text()) == stops
+
+
+def test_what_a_user_wants_kept_is_not_stopped(instance: Path) -> None:
+    (instance / "bin/systemd-run").write_text(f"echo systemd-run >>{instance}/called\n")
+    (instance / "bin/systemd-run").chmod(0o755)
+    ended = "SERVICE_RESULT=success WHEN_DONE={} bash scripts/aws/instance/ended.sh; systemctl x"
+    _, called = run_there(instance, "bash", "-c", ended.format("keep"))
+    assert called == ["systemctl x"]
+    _, called = run_there(instance, "bash", "-c", ended.format("stop"))
+    assert "systemd-run" in called
+
+
+def test_what_is_not_stopped_for_is_started_again_and_there_is_time_to_save() -> None:
+    unit = (REPOSITORY / "scripts/aws/instance/resnet50-trainer.service").read_text()
+    has = dict(line.split("=", 1) for line in unit.splitlines() if re.match(r"\w+=", line))
+    ended = (REPOSITORY / "scripts/aws/instance/ended.sh").read_text()
+    assert has["RestartForceExitStatus"].split() == re.findall(r"exited/(\d+)/\*", ended)
+    assert has["Restart"] == "on-abnormal"  # killed
+    # EC2's notice comes two minutes before, and what it stops is not to be started again before.
+    assert 60 < int(has["TimeoutStopSec"]) < 120 <= int(has["RestartSec"])
 
 
 def test_no_id_or_key_of_aws_is_in_the_repository() -> None:

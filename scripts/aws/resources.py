@@ -193,17 +193,19 @@ def ensure_security_group(aws: Aws, settings: Settings) -> str:
     wanted = address if "/" in address else f"{address}/32"
     if not wanted.endswith("/32"):
         raise UserError(f"ssh_from is {wanted}: it must be one address, without a network's length")
-    allowed = [
-        [block["CidrIp"] for block in rule.get("IpRanges", [])]
+    ssh = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": wanted}]}
+    rules = [
+        {
+            key: value for key, value in rule.items() if value != []
+        }  # which a revocation may not have
         for rule in group.get("IpPermissions", [])
     ]
-    if allowed == [[wanted]]:
+    if rules == [ssh]:
         return group["GroupId"]
-    for rule in group.get("IpPermissions", []):
-        filled = {key: value for key, value in rule.items() if value}  # empty lists are refused
+    for rule in rules:
         aws.change(
             "ec2", "revoke-security-group-ingress", "--group-id", group["GroupId"],
-            "--ip-permissions", json.dumps([filled]),
+            "--ip-permissions", json.dumps([rule]),
         )  # fmt: skip
     aws.change(
         "ec2", "authorize-security-group-ingress", "--group-id", group["GroupId"],

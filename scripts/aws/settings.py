@@ -135,6 +135,12 @@ def check_settings(settings: Settings) -> None:
             raise UserError(
                 f"{name} is {getattr(settings, name)}: it must be {least:,} to {most:,}"
             )
+    if settings.data_throughput > settings.data_iops // 4:
+        raise UserError(
+            f"data_throughput is {settings.data_throughput}: EC2 gives a quarter of data_iops, "
+            f"{settings.data_iops:,}, at most: use {settings.data_iops // 4:,} or less, or "
+            f"data_iops {4 * settings.data_throughput:,}"
+        )
     rate = settings.initialization_rate
     if rate and not 100 <= rate <= 300:
         raise UserError(f"initialization_rate is {rate}: it must be 0, or 100 to 300")

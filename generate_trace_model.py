@@ -292,11 +292,14 @@ def main() -> None:
                 f"{target}/examples is there, but no model.json beside it: it may be yours, and an "
                 f"export would replace it: move it away, or choose another {option}"
             )
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     accuracy = measured_accuracy(folder, options.weights)
     try:
         model = load_weights(weights, len(classes)).eval()
     except ValueError as error:
         raise UserError(f"{error}: put a copy there, or export another with --weights") from None
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != digest:  # by a training that runs
+        raise UserError(f"{weights} was replaced while it was read: give the same command again")
     print(options)
 
     labels = human_names(classes)
@@ -313,7 +316,7 @@ def main() -> None:
         "std": list(STD),
         "resize_rule": RESIZE_RULE,
         "weights": options.weights,
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": digest,
         **accuracy,
         **links,
     }

@@ -49,6 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("best", "last"):
         weights = checkpoint.encode(run.model.model.state_dict())
         utils.write_atomically(folder / f"tiny/{name}.pt", weights)
+        run.model.model.fc.weight.data *= 2  # the last weights are others
     row = {"val_top5": 100.0, "val_images": 12}
     rows = [{"epoch": epoch + 1, "val_top1": top1, **row} for epoch, top1 in enumerate((40, 30))]
     utils.write_metrics(folder / "tiny/metrics.jsonl", rows)
@@ -181,9 +182,45 @@ def test_every_format_keeps_blurpool() -> None:
     with torch.inference_mode():
         expected, unblurred = model(images), plain(images)
         assert (expected - unblurred).abs().max() > 0.01
-        for exporter in generate_trace_model.EXPORTERS.values():
-            export = exporter(model, 64, {"name": "blurred"})
-            assert (export.run(images) - expected).abs().max() <= 1e-4
+        exports = [
+            exporter(model, 64, {"name": "blurred"})
+            for exporter in generate_trace_model.EXPORTERS.values()
+        ]
+        model.model.fc.bias += 1  # what is asked is the file, not the model that it was made of
+        for export in exports:
+            assert (export.run(images) - expected).abs().max() <= 1e-4, export.file
+
+
+def test_weights_that_a_training_replaces_meanwhile_are_not_mixed_up(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("export"))
+    weights, later = tmp_path / "tiny/best.pt", (tmp_path / "tiny/last.pt").read_bytes()
+    earlier = weights.read_bytes()
+    arguments = ["--runs-folder", str(tmp_path), "--app-folder", str(tmp_path / "app")]
+    arguments += ["--formats", "torchscript"]
+    monkeypatch.setattr("sys.argv", ["generate_trace_model.py", *arguments])
+
+    def replaced_after(name: str) -> None:
+        utils.write_atomically(weights, earlier)
+        function = getattr(generate_trace_model, name)
+
+        def replace(*given: object) -> object:
+            result = function(*given)
+            utils.write_atomically(weights, later)
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(generate_trace_model, name, replace)
+            generate_trace_model.main()
+
+    for name in ("measured_accuracy", "load_weights"):
+        with pytest.raises(utils.UserError, match=r"best.pt was replaced .* same command again"):
+            replaced_after(name)
+        assert not (tmp_path / "tiny/export").exists()
+    replaced_after("choose_examples")
+    written = json.loads((tmp_path / "tiny/export/model.json").read_text())
+    assert written["weights_sha256"] == hashlib.sha256(earlier).hexdigest()
 
 
 def test_what_pytorch_reads_back_can_be_moved_to_a_gpu() -> None:
@@ -303,11 +340,58 @@ def test_the_accuracy_told_is_that_of_the_weights(tmp_path: Path) -> None:
     counts = {"val_top5": 100.0, "val_images": 12}
     rows = [{"epoch": epoch, "val_top1": top1, **counts} for epoch, top1 in ((1, 40), (2, 50))]
     utils.write_metrics(tmp_path / "metrics.jsonl", rows)
+    equal = [{"epoch": epoch, "val_top1": 40, **counts} for epoch in (1, 2)]
+    utils.write_metrics(tmp_path / "metrics.jsonl", equal)
+    for weights, epoch in (("best", 1), ("last", 2)):  # as the trainer keeps them
+        assert generate_trace_model.measured_accuracy(tmp_path, weights)["epoch"] == epoch
+    utils.write_metrics(tmp_path / "metrics.jsonl", rows)
     for epoch, expected in ((1, rows[1]), (2, {"epoch": 2, "val_top1": 51, **counts})):
         result = {"epoch": epoch, "val_top1": 51, **counts, "weights": "best.pt"}
         utils.write_json(tmp_path / "result.json", result)
         for weights in ("best", "last"):  # the same here
             assert generate_trace_model.measured_accuracy(tmp_path, weights) == expected
+
+
+def test_a_run_is_called_unfinished_until_it_has_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.json").write_text("{}")  # which ends it behind that line
+    monkeypatch.setattr("sys.argv", ["generate_trace_model.py", "--runs-folder", str(tmp_path)])
+    for said in ("tiny, which is not finished\n", "tiny\n"):
+        with pytest.raises(utils.UserError, match="settings and classes"):
+            generate_trace_model.main()
+        assert capsys.readouterr().out == f"exporting the most recent run: {said}"
+        (tmp_path / "tiny/result.json").write_text("{}")
+
+
+def test_who_reads_an_earlier_export_reads_it_to_its_end(tmp_path: Path) -> None:
+    first, second = (
+        generate_trace_model.Export("model.onnx", 100_000 * letter, torch.relu, {})
+        for letter in (b"1", b"2")
+    )
+    generate_trace_model.write_export(tmp_path, {"onnx": first}, {}, [])
+    with open(tmp_path / "model.onnx", "rb") as model, open(tmp_path / "model.json") as described:
+        begun = model.read(1)
+        generate_trace_model.write_export(tmp_path, {"onnx": second}, {}, [])
+        assert begun + model.read() == first.content
+        digest = json.load(described)["formats"]["onnx"]["sha256"]
+        assert digest == hashlib.sha256(first.content).hexdigest()
+    assert (tmp_path / "model.onnx").read_bytes() == second.content
+
+
+def test_each_example_is_told_to_be_right_or_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = [
+        generate_trace_model.Example(Path(f"{label}.jpg"), label, f"{label}.jpg", b"")
+        for label in (0, 2)
+    ]
+    logits = torch.tensor([[2.0, 0, 0], [0, 2.0, 0]])
+    generate_trace_model.show_predictions(
+        lambda images: images, logits, ["ant", "bee", "cat"], examples
+    )
+    assert capsys.readouterr().out == (
+        "  0.jpg: ant, 78.7 % (right)\n  2.jpg: bee, 78.7 % (wrong: it is cat)\n"
+    )
 
 
 def test_the_last_weights_are_exported_when_asked_for(runs: Path, tmp_path: Path) -> None:
@@ -324,6 +408,14 @@ def test_the_last_weights_are_exported_when_asked_for(runs: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     metadata = json.loads((tmp_path / "app/model.json").read_text())
     assert (metadata["weights"], metadata["epoch"], metadata["val_top1"]) == ("last", 2, 30)
+    weights = runs / "tiny/last.pt"
+    assert metadata["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    batch = torch.randn(2, 3, 64, 64)
+    session = onnxruntime.InferenceSession(tmp_path / "app/model.onnx")
+    (answer,) = session.run(["logits"], {"images": batch.numpy()})
+    with torch.inference_mode():
+        logits = load_weights(weights, 3).eval()(batch)
+    assert (torch.from_numpy(answer) - logits).abs().max() <= 1e-4
     assert metadata["card_url"] == "https://example.com/card" and "code_url" not in metadata
     names = {path.name for path in examples.iterdir()}
     assert {"mine.png", "2026.06.jpg"} < names and len(names) == 4
@@ -397,6 +489,16 @@ def test_an_example_that_cannot_be_read_gives_way_to_the_next(tmp_path: Path) ->
     assert generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 0) == []
 
 
+def test_examples_are_of_the_class_whose_number_they_bear(tmp_path: Path) -> None:
+    """Also where the validation images lack a class before it."""
+    make_images(tmp_path, classes=2, images=1)
+    classes = ("class_0", "class_00", "class_1")
+    examples = generate_trace_model.choose_examples(str(tmp_path / "val"), classes, 3)
+    assert [(example.label, example.path.parent.name) for example in examples] == [
+        *((0, "class_0"), (2, "class_1"))
+    ]
+
+
 def test_examples_are_spaced_from_the_first_class_to_the_last(tmp_path: Path) -> None:
     make_images(tmp_path, classes=5, images=1)
     classes = tuple(f"class_{label}" for label in range(5))
@@ -464,3 +566,16 @@ def test_outputs_that_are_not_numbers_or_wrong_of_a_picture_alone_are_refused(
     export = generate_trace_model.Export("model.pt", b"", off, {})
     with pytest.raises(utils.UserError, match=said) if said else contextlib.nullcontext():
         generate_trace_model.compare("torchscript", mean, export, torch.ones(2, 3, 8, 8), True)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("torchscript", 1e-5), ("pt2", 1e-5), ("onnx", 1e-4)])
+@pytest.mark.parametrize("largest", [0.5, 1.0, 20.0])
+def test_what_is_allowed_grows_with_logits_above_one(
+    kind: str, share: float, largest: float
+) -> None:
+    images = torch.full((2, 3, 1, 1), -largest)
+    for off, is_refused in ((0.8, False), (1.3, True)):
+        difference = off * share * max(1.0, largest)
+        export = generate_trace_model.Export("", b"", lambda x, by=difference: x + by, {})
+        with pytest.raises(utils.UserError) if is_refused else contextlib.nullcontext():
+            generate_trace_model.compare(kind, lambda x: x, export, images, True)

@@ -18,10 +18,9 @@ import math
 import shlex
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
-import matplotlib
 import tqdm
+from matplotlib.figure import Figure
 
 import augment
 import data
@@ -29,7 +28,7 @@ import distributed
 import engine
 import image_files
 import preflight
-from plot_metrics import shortened
+from plot_metrics import shortened, write_png
 from utils import (
     Config,
     ConfigOptions,
@@ -48,9 +47,6 @@ from utils import (
     train_px,
     write_json,
 )
-
-matplotlib.use("Agg")  # draws into files, needs no screen
-from matplotlib import pyplot
 
 SMOOTHING = 0.9  # weight of the past in the moving average of the loss
 SETTLING = 10  # steps until the moving average means something
@@ -162,15 +158,15 @@ def suggest(
 
 
 def draw(
-    path: Path,
     config: Config,
     rates: list[float],
     losses: list[float],
     smoothed: list[float],
     suggestion: float | None,
-) -> None:
-    """Write the curve with the suggestion, if there is one, drawn in."""
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+) -> Figure:
+    """The curve with the suggestion, if there is one, drawn in."""
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
     axes.plot(rates, losses, color="0.75", linewidth=1, label="loss of the batch")
     axes.plot(rates, smoothed, color="#0072b2", linewidth=2.5, label="smoothed")
     if suggestion is not None:
@@ -192,8 +188,7 @@ def draw(
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=12)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def main() -> None:
@@ -241,10 +236,10 @@ def main() -> None:
     except UserError as error:
         if not rates:
             raise
-        draw(refused, config, rates, losses, smoothed, None)
+        write_png(draw(config, rates, losses, smoothed, None), refused)
         raise UserError(f"{error}; the curve is {refused}") from None
     refused.unlink(missing_ok=True)  # if there: it was of an earlier try
-    draw(folder / "lr_finder.png", config, rates, losses, smoothed, suggestion)
+    write_png(draw(config, rates, losses, smoothed, suggestion), folder / "lr_finder.png")
     write_json(
         folder / "lr_finder.json",
         {

@@ -151,6 +151,22 @@ def test_each_epoch_of_the_test_has_an_order_of_its_own(
     assert seen[:3] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("suggestion", [0.1, None])
+def test_the_picture_has_both_curves_and_the_suggestion_if_there_is_one(
+    suggestion: float | None,
+) -> None:
+    losses, smoothed = [2 * loss for loss in valley(RATES)], valley(RATES)
+    (axes,) = lr_finder.draw(Config(name="a"), RATES, losses, smoothed, suggestion).axes
+    raw, average, *line = axes.lines
+    assert (list(raw.get_xdata()), list(raw.get_ydata())) == (RATES, losses)
+    assert (list(average.get_xdata()), list(average.get_ydata())) == (RATES, smoothed)
+    assert axes.get_xscale() == "log"
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[:2] == ["loss of the batch", "smoothed"]
+    assert texts[2:] == ([] if suggestion is None else ["suggested max_lr: 0.1"])
+    assert [list(one.get_xdata()) for one in line] == ([] if suggestion is None else [[0.1, 0.1]])
+
+
 def test_the_command_tells_where_the_loss_becomes_no_number(tmp_path: Path) -> None:
     make_images(tmp_path / "images", images=4)
     done = run_stage_command(

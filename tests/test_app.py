@@ -369,6 +369,36 @@ def test_it_links_to_what_is_known(page: Page) -> None:
     expect(page.get_by_role("link", name="Model card")).to_have_count(0)
 
 
+def test_a_link_is_the_exports_or_the_environments_and_never_a_program(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MODEL_CARD_URL", "CODE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    export = {"card_url": "https://a.b/card", "code_url": "https://a.b/code"}
+    both = "[Model card](https://a.b/card) [Code](https://a.b/code)"
+    assert (module.links(export), module.links({})) == (both, "")
+    monkeypatch.setenv("MODEL_CARD_URL", "http://c.d/card")
+    assert module.links(export) == both.replace("https://a.b/card", "http://c.d/card")
+    for url in ("javascript:alert(1)", "https://a.b/) <b>", "card", 5):
+        assert module.links({"code_url": url}) == "[Model card](http://c.d/card)"
+
+
+def test_of_more_than_five_classes_it_says_how_often_one_of_five_was_right(
+    module: ModuleType, deployment: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nothing of it goes to Gradio's makers."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    session, export = module.classifier.load_export(deployment)
+    seven = {"classes": list("abcdefg"), "labels": list("abcdefg"), "val_top5": 93.5}
+    page = module.make_page(session, {**export, **seven}, deployment)
+    texts = [block.value for block in page.blocks.values() if isinstance(block, module.gr.Markdown)]
+    assert (
+        "Says which of 7 classes a picture shows. On 1,234 validation pictures its first answer "
+        "was right for **81.25 %**, one of its first five for **93.50 %** (best weights, epoch 7)."
+    ) in texts[0]
+    assert page.analytics_enabled is False
+
+
 # ------------------------------------------------------------------------------ the endpoint
 
 
@@ -417,6 +447,31 @@ def test_a_request_can_name_an_upload_only(app: App, tmp_path: Path) -> None:
     for address in (f"{app.url}/theme.css", "https://192.0.2.1/x.png"):
         answer = stress_app.ask(running, [{"path": address, "meta": meta}])
         assert answer.event == "error" and "not its address" in answer.text, address
+
+
+def test_a_path_that_leads_out_of_the_uploads_is_refused(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    uploads = tmp_path / "uploads"
+    for name in ("uploads/a.png", "uploads-of-others/a.png", "secret.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, RED)
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    found = module.uploaded_file({"path": f"{uploads}/a.png"}, uploads)
+    assert found == uploads / "a.png"
+    for path in ("uploads-of-others/a.png", "uploads/../secret.png", "uploads/link.png"):
+        with pytest.raises(module.gr.Error, match="Choose a picture first"):
+            module.uploaded_file({"path": f"{tmp_path}/{path}"}, uploads)
+
+
+def test_of_its_own_folder_it_serves_the_examples_alone(app: App) -> None:
+    running = stress_app.App(urlsplit(app.url).port, app.pid)
+    for name, status in (
+        *(("examples/sea.JPEG", 200), ("app.py", 403), ("model.onnx", 403), ("model.json", 403)),
+        ("examples/../app.py", 403),
+    ):
+        path = f"/gradio_api/file={app.folder}/{name}"
+        assert stress_app.request(running, "GET", path, None, "")[0] == status, name
 
 
 def test_a_crowd_gets_answers_or_is_told_that_the_queue_is_full(app: App) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def not_onnx(folder: Path) -> None:
         (describe(resize_px=31), "has a resize_px below its input_px"),
         (describe(mean=[0.5, 0.4], std=[0.2, 0.2, 0]), "cannot be used as mean, std"),
         (describe(val_top1="81", val_images=[5]), "cannot be used as val_top1, val_images"),
+        (describe(val_top1=math.inf, val_top5=math.nan), "cannot be used as val_top1, val_top5"),
         (describe(labels=[["red"], ["green"], ["blue"]]), "cannot be used as labels"),
         (describe(name=5, classes={}), "cannot be used as name, classes"),
         (lambda f: (f / "model.json").write_text("[" * 100_000), "model.json is not JSON"),
@@ -112,6 +114,12 @@ def test_a_container_uses_the_cpus_of_its_share(
     monkeypatch.setattr(classifier.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setattr(classifier.Path, "read_text", lambda *_, **__: limit)
     assert classifier.cpus() == cpus
+
+
+def test_the_model_takes_as_many_threads_as_it_is_given(export: Path) -> None:
+    for asked, threads in ((3, 3), (0, classifier.cpus())):
+        session, _ = classifier.load_export(export, threads=asked)
+        assert session.get_session_options().intra_op_num_threads == threads
 
 
 # ------------------------------------------------------------------------------ pictures

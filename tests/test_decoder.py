@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_exif_turns_and_xmp_does_not(orientation: int, kind: str) -> None:
         assert decoder.decode(content).size == (40, 30)
 
 
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_picture_is_seen_as_it_was_taken(orientation: int) -> None:
+    picture = scene(30, 40)
+    stored, exif = turned(picture, orientation)
+    found = decoder.decode(encode(stored, "PNG", exif=exif))
+    assert (found.size, found.tobytes()) == (picture.size, picture.tobytes())
+
+
 # ------------------------------------------------------------------------------ hostile ones
 
 
@@ -218,6 +227,28 @@ def test_what_breaks_in_leaves_no_answer_to_the_next_picture(
         with pytest.raises(KeyboardInterrupt):
             process.decode(encode(scene(10, 10), "PNG"))
     assert process.decode(GOOD).size == (80, 60)
+
+
+def test_pictures_that_come_at_once_get_their_own_answers(process: Decoder) -> None:
+    process.decode(GOOD)
+    together, found = threading.Barrier(8), []
+
+    def ask(side: int, content: bytes) -> None:
+        together.wait()
+        for _ in range(5):
+            found.append((side, process.decode(content).size))
+
+    sides = range(300, 308)
+    threads = [
+        threading.Thread(target=ask, args=(side, encode(scene(side, 2 * side), "PNG")), daemon=True)
+        for side in sides
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    assert sorted(found) == [(side, (2 * side, side)) for side in sides for _ in range(5)]
 
 
 def test_it_knows_no_secrets_and_hears_no_ctrl_c(

@@ -18,7 +18,8 @@ import torchvision
 from conftest import run_stage_command
 from exports import BLUE, GREEN, MEAN, RED, STD, write_top_half_colour
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.container import ErrorbarContainer
+from matplotlib.colors import same_color
+from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -457,6 +458,37 @@ def test_classes_and_pairs_by_hand() -> None:
     assert [row["class"] for row in error_analysis.worst_first(rows)] == ["d", "a", "b"]
 
 
+def test_the_first_answer_and_the_first_five_are_kept_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the numbers, and on the screen, which has the worst of the classes first."""
+    answers = crafted([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0], [0.5] * 8)
+    answers = answers._replace(in_top5=np.array([1, 1, 1, 1, 1, 1, 0, 0], bool))
+    found = error_analysis.summary(answers)
+    assert found["val_top1_interval"] == error_analysis.wilson_interval(4, 8)
+    assert found["val_top5_interval"] == error_analysis.wilson_interval(6, 8)
+    pairs = error_analysis.confused_pairs(answers, ("a", "b"), ("ape", "bee"))
+    rows = error_analysis.per_class(answers, ("a", "b"), ("ape", "bee"), pairs)
+    counts = [(row["correct1"], row["correct5"], row["top1"], row["top5"]) for row in rows]
+    assert counts == [(3, 4, 75, 100), (1, 2, 25, 50)]
+    result = {
+        **found,
+        **{"protocol": "one view", "calibration": error_analysis.calibration(answers)},
+        **{"per_class": rows, "confused_pairs": pairs},
+        "sizes": [{**found, "val_px": 32, "val_resize_px": 40}],
+    }
+    error_analysis.tell(result)
+    told = capsys.readouterr().out.splitlines()
+    assert told[told.index("the worst classes:") + 1 :] == [
+        "   25.0 %  bee (1 of 4), mostly taken for ape",
+        "   75.0 %  ape (3 of 4), mostly taken for bee",
+        "most often confused:",
+        "      3    bee → ape",
+        "      1    ape → bee",
+        "at 32 px, shorter side 40 px: top-1 50.00 % (4 of 8), top-5 75.00 % (6)",
+    ]
+
+
 def test_of_equally_bad_classes_that_with_more_images_is_the_worse() -> None:
     rows = [
         {"class": name, "top1": top1, "images": images}
@@ -488,6 +520,62 @@ def assert_nothing_cut_off(figure: Figure) -> None:
     drawn = figure.get_tightbbox(canvas.get_renderer())  # inches
     width, height = figure.get_size_inches()
     assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
+
+
+def heights(bars: BarContainer) -> list[float]:
+    return [bar.get_height() for bar in bars]
+
+
+def test_the_bars_are_what_was_counted() -> None:
+    """Two classes of 26, which are too many for a bar each, never are right first."""
+    labels = [f"kind {number}" for number in range(26)]
+    said = [1, 1, 3, 2, *range(4, 26), *range(26)]
+    answers = crafted([*range(26), *range(26)], said, [0.5] * 26 + [0.9] * 26)
+    answers = answers._replace(in_top5=np.ones(52, bool))
+    pairs = error_analysis.confused_pairs(answers, labels, labels)
+    rows = error_analysis.per_class(answers, labels, labels, pairs)
+    found = error_analysis.calibration(answers)
+    result = {"model": "best.pt", **error_analysis.summary(answers)}
+    figure = error_analysis.draw_overview({**result, "calibration": found, "per_class": rows})
+    reliability, histogram, worst, confidence = (
+        next(panel for panel in figure.axes if panel.get_label() == name)
+        for name in ("reliability", "classes", "worst", "confidence")
+    )
+    bars = next(one for one in reliability.containers if isinstance(one, BarContainer))
+    assert heights(bars) == pytest.approx([100 * 23 / 26, 100])
+    right, wrong = confidence.containers
+    filled = [place for place, row in enumerate(found["bins"]) if row["images"]]
+    for container, counts, colour in (
+        (right, [23, 26], error_analysis.RIGHT),
+        (wrong, [3, 0], error_analysis.WRONG),
+    ):
+        assert [heights(container)[place] for place in filled] == counts
+        assert all(same_color(bar.get_facecolor(), colour) for bar in container)
+    (classes,) = histogram.containers
+    assert (heights(classes)[10], heights(classes)[-1], sum(heights(classes))) == (3, 23, 26)
+    names = [text.get_text() for text in worst.get_yticklabels()]
+    assert names[:3] == ["kind 0", "kind 2", "kind 3"]
+    assert [bar.get_width() for bar in worst.containers[0]][:4] == [50, 50, 50, 100]
+
+
+def test_each_panel_of_sizes_has_its_own_accuracy() -> None:
+    rows = [
+        {
+            "val_px": px,
+            **{"val_top1": top1, "val_top1_interval": [top1 - 1, top1 + 2]},
+            **{"val_top5": top1 + 20, "val_top5_interval": [top1 + 19, top1 + 22]},
+        }
+        for px, top1 in ((32, 40.0), (48, 55.0))
+    ]
+    figure = error_analysis.draw_sizes("best.pt", rows)
+    for panel, said, more in zip(figure.axes, ("top-1", "top-5"), (0, 20), strict=True):
+        assert panel.get_ylabel() == f"{said} accuracy (%)"
+        (bars,) = panel.containers
+        line, _, (intervals,) = bars.lines
+        assert list(line.get_xdata()) == [32, 48]
+        assert list(line.get_ydata()) == [40 + more, 55 + more]
+        ends = [list(segment[:, 1]) for segment in intervals.get_segments()]
+        assert ends == [[39 + more, 42 + more], [54 + more, 57 + more]]
 
 
 def test_long_names_of_classes_can_be_told_apart() -> None:
@@ -543,6 +631,14 @@ def test_wide_names_stay_below_their_picture() -> None:
     figure.draw_without_rendering()
     for text in figure.texts[1:]:  # all but the title
         assert text.get_window_extent().width <= figure.axes[0].get_window_extent().width + 2
+
+
+def test_what_was_said_is_green_where_it_is_right() -> None:
+    grey = np.full((20, 20, 3), 128, np.uint8)
+    shown = [Shown("a.png", grey, "ant", said, 0.5, 1.0) for said in ("ant", "bee")]
+    texts = {text.get_text(): text.get_color() for text in error_analysis.draw_worst(shown).texts}
+    assert texts["is ant"] == texts["said ant"] == error_analysis.RIGHT
+    assert texts["said bee"] == error_analysis.WRONG
 
 
 def test_the_contact_sheet_shows_the_pictures_and_their_names(tmp_path: Path) -> None:

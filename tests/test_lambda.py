@@ -29,7 +29,7 @@ import data
 import generate_trace_model
 import image_files
 from model import ResNet50Wrapper
-from utils import MEAN, STD, Config
+from utils import MEAN, STD, Config, UserError
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 sys.path.insert(0, str(REPOSITORY / "scripts/aws"))
@@ -196,6 +196,9 @@ def test_bad_requests_get_a_sentence(task: Path) -> None:
             assert words in answer["error"]
             assert "\n" not in answer["error"]
         assert runtime.ask(post(photo))[0] == 200
+        runtime.events.put(post(photo, "GET"))
+        _, answer = runtime.answers.get(timeout=lambda_runtime.ANSWER_LIMIT_S)
+        assert answer["headers"] == {"content-type": "application/json", "allow": "POST"}
 
 
 def test_pictures_of_one_bucket(task: Path, aws_account: Emulator) -> None:
@@ -218,7 +221,7 @@ def test_pictures_of_one_bucket(task: Path, aws_account: Emulator) -> None:
     s3.put_object(Bucket="mine", Key="holiday/1 ü.jpg", Body=photo)
     s3.put_object(Bucket="mine", Key="large", Body=b"\0" * (20 * 2**20 + 1))
     s3.put_object(Bucket="other", Key="secret.jpg", Body=photo)
-    with started(task, **variables, IMAGE_BUCKET="mine") as runtime:
+    with started(task, **variables, IMAGE_BUCKET="mine", AWS_MAX_ATTEMPTS="1") as runtime:
         _, expected = runtime.ask(post(photo))
         status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
         assert (status, answer["predictions"]) == (200, expected["predictions"])
@@ -227,6 +230,11 @@ def test_pictures_of_one_bucket(task: Path, aws_account: Emulator) -> None:
         assert runtime.ask(in_json(s3_key="large"))[0] == 413
         for key in ("", "a" * 1025, "\ud800"):
             assert runtime.ask(in_json(s3_key=key))[0] == 400
+        # Another fault is one of the function, which Lambda logs.
+        aws_account.fail("GetObject", "InternalError", times=0)
+        with pytest.raises(UserError, match="InternalError"):
+            runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
+        aws_account.heal()
         aws_account.fail("GetObject", "AccessDenied")
         status, answer = runtime.ask(in_json(s3_key="holiday/1 ü.jpg"))
         assert (status, "may not read it" in answer["error"]) == (404, True)
@@ -358,6 +366,8 @@ def test_the_life_of_a_function(
 ) -> None:
     shown = command("deploy", "--dry-run", "--public")
     assert "lambda create-function" in shown
+    # 0.2 s of 1,769 MB at $0.0000166667 a GB and second, and $0.0000002 a request.
+    assert "1,000 requests of 0.2 s about $0.0060. Everybody who knows its address" in shown
     assert changes(emulator) == []
 
     # Broken off where the package lies in the bucket: the same command goes on.
@@ -399,22 +409,40 @@ def test_the_life_of_a_function(
         emulator, "iam", "get-role-policy", "--role-name", "resnet50-imagenet-lambda-us-east-1",
         "--policy-name", "function",
     )["PolicyDocument"]  # fmt: skip
-    assert [(one["Action"], one["Resource"].rpartition(":")[2]) for one in policy["Statement"]] == [
-        (["logs:CreateLogStream", "logs:PutLogEvents"], "*"),
-        ("s3:GetObject", "photos/*"),
+    account = aws(emulator, "sts", "get-caller-identity")["Account"]
+    lines = f"arn:aws:logs:us-east-1:{account}:log-group:/aws/lambda/resnet50-imagenet:*"
+    assert [(one["Action"], one["Resource"]) for one in policy["Statement"]] == [
+        (["logs:CreateLogStream", "logs:PutLogEvents"], lines),
+        ("s3:GetObject", "arn:aws:s3:::photos/*"),
     ]
+    (role,) = aws(emulator, "iam", "list-roles")["Roles"]
+    assert has["Role"] == role["Arn"]
+    assert [one["Principal"] for one in role["AssumeRolePolicyDocument"]["Statement"]] == [
+        {"Service": "lambda.amazonaws.com"}
+    ]
+    (log,) = aws(emulator, "logs", "describe-log-groups")["logGroups"]
+    assert (log["logGroupName"], log["retentionInDays"]) == ("/aws/lambda/resnet50-imagenet", 30)
 
     changes(emulator)
     command("deploy", "--yes", "--image-bucket", "photos")
     assert changes(emulator) == []
     write_model(tmp_path / "runs/first/export", b"a better one")
     command("deploy", "--yes", "--public", "--memory-mb", 3538, "--max-concurrency", 5)
+    made = emulator.calls()
     assert changes(emulator) == [
         *("PutRolePolicy", "PutObject", "UpdateFunctionCode", "DeleteObject"),
         *("UpdateFunctionConfiguration", "CreateFunctionConcurrency"),
         *("AddPermission", "AddPermission", "UpdateFunctionUrlConfig"),
     ]
     assert aws(emulator, "lambda", "get-function-url-config", *NAME)["AuthType"] == "NONE"
+    permissions = [call["params"] for call in made if call["action"] == "AddPermission"]
+    assert [
+        tuple(one.get(key) for key in ("Action", "FunctionUrlAuthType", "InvokedViaFunctionUrl"))
+        for one in permissions
+    ] == [
+        ("lambda:InvokeFunctionUrl", "NONE", None),
+        ("lambda:InvokeFunction", None, True),
+    ]
     command("deploy", "--yes")
     assert changes(emulator) == [
         "UpdateFunctionConfiguration",  # not the limit, which is taken away when that is asked for
@@ -463,6 +491,12 @@ def test_what_cannot_be_deployed(
     }.items():
         (export / "model.json").write_text(wrong)
         assert said in command("deploy", code=2)
+    for option, value, said in (
+        ("--memory-mb", 1535, "memory_mb is 1535: it must be 1,536 to 10,240"),
+        ("--memory-mb", 10_241, "memory_mb is 10241: it must be 1,536 to 10,240"),
+        ("--max-concurrency", -1, "max_concurrency is -1: it must be 0 or more"),
+    ):
+        assert said in command("deploy", option, value, code=2)
     for bucket in ("s3://my-bucket", "my-bucket/holiday", "*"):
         said = f"image_bucket is '{bucket}': it must be a bucket's name alone"
         assert said in command("deploy", "--image-bucket", bucket, code=2)
@@ -485,3 +519,43 @@ def test_what_cannot_be_deployed(
     )  # fmt: skip
     assert "without the tag resnet50-project" in command("remove", code=2)
     assert changes(emulator) == ["CreateRole"]
+
+
+def test_in_another_region_its_bucket_lies_there_and_goes_too(
+    emulator: Emulator, command: Callable[..., str]
+) -> None:
+    """And a log whose name begins like the function's is not its own."""
+    region = ("--region", "eu-west-1")
+    other = ("logs", "create-log-group", "--log-group-name", "/aws/lambda/resnet50-imagenet-2")
+    aws(emulator, *other, *region)
+    shown = command("deploy", "--yes", *region)
+    assert "curl --aws-sigv4 aws:amz:eu-west-1:lambda --user KEY_ID:SECRET_KEY " in shown
+    (bucket,) = aws(emulator, "s3api", "list-buckets")["Buckets"]
+    place = aws(emulator, "s3api", "get-bucket-location", "--bucket", bucket["Name"])
+    assert place["LocationConstraint"] == "eu-west-1"
+    logs = ("logs", "describe-log-groups", *region, "--query", "logGroups[].logGroupName")
+    assert aws(emulator, *logs) == [f"/aws/lambda/resnet50-imagenet{end}" for end in ("", "-2")]
+    assert command("remove", "--yes", *region).endswith("all gone\n")
+    assert aws(emulator, "s3api", "list-buckets")["Buckets"] == []
+    assert aws(emulator, *logs) == ["/aws/lambda/resnet50-imagenet-2"]
+    assert "there is no function" in command("remove", "--yes", *region)
+
+
+def test_a_function_of_somebody_else_is_left_alone(
+    emulator: Emulator, command: Callable[..., str], tmp_path: Path
+) -> None:
+    role = aws(
+        emulator, "iam", "create-role", "--role-name", "theirs", "--assume-role-policy-document",
+        "{}",
+    )["Role"]["Arn"]  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "theirs.zip", "w") as archive:
+        archive.writestr("handler.py", "")
+    aws(
+        emulator, "lambda", "create-function", *NAME, "--runtime", "python3.13", "--role", role,
+        "--handler", "handler.handler", "--zip-file", f"fileb://{tmp_path}/theirs.zip",
+    )  # fmt: skip
+    changes(emulator)
+    for arguments in (("deploy", "--yes"), ("remove", "--yes")):
+        said = "there is a function resnet50-imagenet without the tag resnet50-project: set another"
+        assert said in command(*arguments, code=2)
+    assert changes(emulator) == []

@@ -17,7 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plot_metrics import FIELDS, PUBLISHED, draw, read_curves  # noqa: E402
+from plot_metrics import FIELDS, PUBLISHED, draw, read_curves, write_png  # noqa: E402
 
 
 def make_row(epoch: int, **changed: float) -> dict:
@@ -73,6 +73,17 @@ def test_writes_a_picture_of_the_data_and_says_where(tmp_path: Path) -> None:
         assert picture.tobytes() != pixels
     with Image.open(path) as picture:
         assert picture.tobytes() == pixels, "--output left the picture in the run's folder alone"
+
+
+def test_who_looks_at_an_earlier_picture_sees_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(100_000 * b"an earlier picture")
+    with path.open("rb") as earlier:
+        begun = earlier.read(1)
+        write_png(Figure(), path)
+        assert begun + earlier.read() == 100_000 * b"an earlier picture"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
 
 
 def test_takes_the_most_recent_run_and_says_so(tmp_path: Path) -> None:
@@ -169,6 +180,8 @@ def test_the_best_epoch_is_named_the_first_of_equals(tmp_path: Path) -> None:
     _, top1, _, _ = figure.axes
     assert [text.get_text() for text in top1.get_legend().get_texts()] == ["best 75.29 % (epoch 2)"]
     assert figure.get_suptitle() == "a: best top-1 75.29 %"
+    (ring,) = [line for line in top1.lines if line.get_label().startswith("best")]
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([2], [75.294])
 
 
 def test_a_name_is_no_formula(tmp_path: Path) -> None:
@@ -215,6 +228,11 @@ def test_an_outlier_leaves_the_loss_readable(
     assert 6 < loss.get_ylim()[1] < 7
     texts = [text.get_text() for text in loss.get_legend().get_texts()]
     assert texts == ["lowest 0.83 (epoch 6)", f"off the scale: {shown} (epoch 2)"]
+    (triangle,) = loss.collections
+    handles = {line.get_label(): line for line in figure.legends[0].get_lines()}
+    its = handles["training" if part == "train_loss" else "validation"]
+    assert same_color(triangle.get_facecolor()[0], its.get_color())
+    assert triangle.get_offsets()[0].tolist() == pytest.approx([2, loss.get_ylim()[1]])
     figure.savefig(tmp_path / "picture.png")
 
 

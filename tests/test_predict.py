@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, run_stage_command
-from exports import BLUE, GREEN, RED, write_top_half_colour
+from exports import BLUE, GREEN, MEAN, RED, STD, write_top_half_colour
 from PIL import Image
 
 from predict import find_pictures
@@ -42,6 +43,16 @@ def test_a_folder_becomes_a_table(runs: Path) -> None:
         ["photos/poppy.JPG", "red"],
         ["photos/sea/wave.webp", "blue"],
     ]
+
+
+def test_the_table_tells_as_many_classes_as_asked_for_in_percent(runs: Path) -> None:
+    done = predict(runs, "photos/leaf.png", "--top", "2", "--name", "tiny")
+    powers = [
+        math.exp((value - mean) / std)
+        for value, mean, std in zip((0, 1, 0), MEAN, STD, strict=True)
+    ]
+    red, green, _ = (100 * power / sum(powers) for power in powers)
+    assert done.stdout == f"photos/leaf.png   green {green:.1f} %   red {red:.1f} %\n"
 
 
 def test_json_has_a_line_a_picture_and_what_failed(runs: Path) -> None:

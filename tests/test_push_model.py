@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+import yaml
 from conftest import COMMAND_ENVIRONMENT, REPOSITORY, run_stage_command
 from hub import Hub
 from huggingface_hub import constants
@@ -66,6 +67,7 @@ def make_run(folder: Path, *, blurpool: bool = False) -> Path:
     for name in ("best", "last"):
         weights = checkpoint.encode(made.model.model.state_dict())
         utils.write_atomically(folder / f"{name}.pt", weights)
+        made.model.model.fc.weight.data *= 2  # the last weights are others
     rows = [{**ROW, "epoch": epoch, "val_top1": top1} for epoch, top1 in ((1, 41.5), (2, 30.0))]
     utils.write_metrics(folder / "metrics.jsonl", rows)
     result = {"epoch": 1, "val_top1": 41.67, "val_top5": 99.5, "val_images": 12}
@@ -105,7 +107,12 @@ LOADER = """if True:
         with torch.inference_mode():
             exec(program, space)
     batch = torch.randn(5, 3, 64, 64)
-    picture = spaces[0]["Image"].open("photo.jpg").convert("RGB")
+    from PIL import Image
+    stored = Image.open("photo.jpg")
+    assert stored.mode == "RGBA" and stored.getexif()[0x0112] == 6
+    upright = stored.transpose(Image.Transpose.ROTATE_270)  # as a person sees it, on white
+    picture = Image.new("RGB", upright.size, "white")
+    picture.paste(upright, mask=upright)
     first, *others = (space["prepare"](picture) for space in spaces)
     assert all(torch.equal(first, other) for other in others)
     with torch.inference_mode():
@@ -166,7 +173,11 @@ def test_what_arrives_loads_in_torchvision_and_timm(run: Path, hub: Hub, tmp_pat
 def run_programs(card: str, run: Path, hub: Hub, tmp_path: Path, count: int) -> list[str]:
     """What the card's programs and LOADER print."""
     (tmp_path / "README.md").write_text(card)
-    Image.effect_noise((150, 110), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    photo = Image.effect_noise((150, 110), 60).convert("RGB")
+    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "photo.jpg", "PNG", exif=exif)
     loaded = subprocess.run(
         [sys.executable, "-c", LOADER, REPOSITORY, "README.md", run / "best.pt", str(count)],
         cwd=tmp_path,
@@ -231,6 +242,15 @@ def test_a_dry_run_writes_the_folder_and_asks_nobody(run: Path, hub: Hub, tmp_pa
         assert f"{path.stat().st_size:>12,} bytes  {path.name}\n" in done.stdout
     card = (tmp_path / "folder/README.md").read_text()
     assert "| 12 | 30.00 % | 100.00 % |" in card and "in the training's arithmetic.\n" in card
+    sent, state = (
+        safetensors.torch.load_file(tmp_path / "folder/model.safetensors"),
+        torch.load(run / "last.pt", weights_only=True),
+    )
+    assert all(torch.equal(sent[name], state[name]) for name in state)
+    metrics = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"]
+    assert [(one["name"], one["value"]) for one in metrics] == [
+        *(("top-1 accuracy (%)", 30), ("top-5 accuracy (%)", 100))
+    ]
 
 
 # ------------------------------------------------------------------------------ what may go wrong

@@ -27,7 +27,9 @@ SPACE = "spaces/user/digits"
 APP_FILES = [
     *(".gitignore", "README.md", "app.py", "classifier.py", "decoder.py", "requirements.txt")
 ]
-FILES = sorted([*APP_FILES, "model.json", "model.onnx", "examples/0.jpg", "examples/1.png"])
+FILES = sorted(
+    [*APP_FILES, "model.json", "model.onnx", "examples/0.jpg", "examples/1.png", "examples/2.JPG"]
+)
 # What such a folder has in it as well after a while, some of it secret.
 SECRET = "sk-nobodyMayReadThis"
 OTHERS = (
@@ -54,6 +56,7 @@ def app(tmp_path: Path) -> Path:
         "model.json": json.dumps({**METADATA, "formats": {"onnx": about}}).encode(),
         "examples/0.jpg": b"a picture",
         "examples/1.png": b"another",
+        "examples/2.JPG": b"as a camera names it",
         **dict.fromkeys(OTHERS, SECRET.encode()),
     }
     for name, content in written.items():

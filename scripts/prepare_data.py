@@ -194,9 +194,10 @@ def _check_folder(folder: Path, options: "DigitsOptions | ImagenetteOptions") ->
     else:
         from torchvision.datasets import Imagenette
 
-        title, pictures, classes = "Imagenette", IMAGENETTE, set(Imagenette._WNID_TO_CLASS)
-        with contextlib.suppress(OSError):  # of others' making, such as torchvision's
+        title, pictures, classes = "Imagenette", {}, set(Imagenette._WNID_TO_CLASS)
+        with contextlib.suppress(OSError):  # one of others' making may be a part of it
             size = (folder / SIZE_NAME).read_text().strip()
+            pictures = IMAGENETTE
             if size != options.size:
                 raise UserError(
                     f"{folder} holds Imagenette of --size {size}: name a folder that does not "

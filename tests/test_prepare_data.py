@@ -303,13 +303,13 @@ def test_another_size_or_less_of_imagenette_is_not_taken_for_it(
     before = files_in(tmp_path)
     assert f"error: {folder} holds Imagenette of --size 320px: " in refusal("--size", "160px")
     assert files_in(tmp_path) == before
-    (folder / ".imagenette_size").unlink()  # torchvision writes none
-    fetch("--size", "160px")
     next(folder.glob("val/*/*")).unlink()
     assert refusal() == (
         f"error: {folder}/val holds 9 of the 10 pictures of Imagenette: remove {folder}, and the "
         "same command makes it anew"
     )
+    (folder / ".imagenette_size").unlink()  # somebody's own choice of them
+    fetch("--size", "160px")
 
 
 class NoHttp(http.server.BaseHTTPRequestHandler):

@@ -195,9 +195,9 @@ def _check_folder(folder: Path, options: "DigitsOptions | ImagenetteOptions") ->
         from torchvision.datasets import Imagenette
 
         title, pictures, classes = "Imagenette", {}, set(Imagenette._WNID_TO_CLASS)
-        with contextlib.suppress(OSError):  # one of others' making may be a part of it
-            size = (folder / SIZE_NAME).read_text().strip()
-            pictures = IMAGENETTE
+        record = folder / SIZE_NAME
+        if record.is_file():  # else it is of others' making, and perhaps a part of it
+            pictures, size = IMAGENETTE, record.read_text().strip()
             if size != options.size:
                 raise UserError(
                     f"{folder} holds Imagenette of --size {size}: name a folder that does not "

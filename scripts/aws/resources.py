@@ -194,10 +194,9 @@ def ensure_security_group(aws: Aws, settings: Settings) -> str:
     if not wanted.endswith("/32"):
         raise UserError(f"ssh_from is {wanted}: it must be one address, without a network's length")
     ssh = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": wanted}]}
+    # Without its empty lists, which a revocation may not have.
     rules = [
-        {
-            key: value for key, value in rule.items() if value != []
-        }  # which a revocation may not have
+        {key: value for key, value in rule.items() if value != []}
         for rule in group.get("IpPermissions", [])
     ]
     if rules == [ssh]:

@@ -261,6 +261,10 @@ class Front:
 
     def answer_call(self, call: dict[str, Any], environ: Any, start_response: Any) -> Any:
         fault = self.fault_of(call)
+        if call["service"] == "s3" and self.mended.is_another_accounts_bucket(
+            call["params"]["Bucket"], environ.get("HTTP_X_AMZ_EXPECTED_BUCKET_OWNER")
+        ):
+            fault = {"code": "AccessDenied"}
         answer: dict[str, Any] = {}
 
         def keep(status: str, headers: list[tuple[str, str]], *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""moto's EC2, SSM and quotas, mended where a launch script would notice that they are not AWS.
+"""moto's EC2, S3, SSM and quotas, mended where a launch script would notice that they are not AWS.
 
 Imported by aws_emulator.py's server alone, before moto answers its first request. Each function
 below takes the place of one of moto's (see `mend`); its docstring says what AWS does. The sources
@@ -25,6 +25,7 @@ from moto.ec2.models import security_groups as ec2_security_groups
 from moto.ec2.responses import elastic_block_store as volume_responses
 from moto.ec2.responses import instances as instance_responses
 from moto.ec2.responses import spot_instances as spot_responses
+from moto.s3.models import s3_backends
 from moto.servicequotas import models as quota_models
 from moto.ssm import models as ssm_models
 
@@ -546,6 +547,15 @@ def looked_at_instances() -> None:
     """Called after each look at the instances: brings those that are pending forward."""
     for instance in backend().all_instances():
         instance.pending_describes = max(0, instance.pending_describes - 1)
+
+
+# ----------------------------------------------------------------------------- buckets
+
+
+def is_another_accounts_bucket(bucket: str, expected_owner: str | None) -> bool:
+    """Whether the owner that a call expects is not a bucket's: S3 refuses such a call."""
+    _, owner = s3_backends.bucket_accounts.get(bucket, (None, expected_owner))
+    return expected_owner is not None and owner != expected_owner
 
 
 # ----------------------------------------------------------------------------- spot prices

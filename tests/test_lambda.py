@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from aws_emulator import Emulator
+from aws_emulator import REGION, Emulator
 from conftest import REPOSITORY, run_stage_command
 from pictures import encode, jpeg, scene, with_scans
 from PIL import Image
@@ -539,6 +540,27 @@ def test_in_another_region_its_bucket_lies_there_and_goes_too(
     assert aws(emulator, "s3api", "list-buckets")["Buckets"] == []
     assert aws(emulator, *logs) == ["/aws/lambda/resnet50-imagenet-2"]
     assert "there is no function" in command("remove", "--yes", *region)
+
+
+def test_a_bucket_of_another_account_gets_no_package(
+    emulator: Emulator, command: Callable[..., str]
+) -> None:
+    role = ("--role-arn", "arn:aws:iam::111111111111:role/theirs", "--role-session-name", "theirs")
+    keys = aws(emulator, "sts", "assume-role", *role)["Credentials"]
+    theirs = {
+        "AWS_ACCESS_KEY_ID": keys["AccessKeyId"],
+        "AWS_SECRET_ACCESS_KEY": keys["SecretAccessKey"],
+        "AWS_SESSION_TOKEN": keys["SessionToken"],
+    }
+    account = aws(emulator, "sts", "get-caller-identity")["Account"]
+    bucket = ("--bucket", f"resnet50-imagenet-{account}-{REGION}")
+    them = dataclasses.replace(emulator, environment={**emulator.environment, **theirs})
+    aws(them, "s3api", "create-bucket", *bucket)
+    for arguments in (("deploy", "--yes"), ("remove", "--yes")):
+        said = "Forbidden (403): the bucket is not yours"
+        assert said in command(*arguments, code=2)
+    assert aws(them, "s3api", "list-objects-v2", *bucket).get("KeyCount", 0) == 0
+    assert not emulator.calls("PutObject") and not emulator.calls("CreateFunction")
 
 
 def test_a_function_of_somebody_else_is_left_alone(

@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import PercentFormatter
 
-from plot_metrics import COLOURS, STYLE
+from utils import COLOURS, STYLE
 
 BINS = 15  # of confidence, equally wide, as in Guo et al., arXiv 1706.04599
 Z_95 = 1.959964  # 95 % of a normal distribution lie within so many deviations

@@ -37,7 +37,6 @@ import preflight
 from error_analysis import Answers, Shown
 from evaluated_model import Predict
 from model import human_names
-from plot_metrics import write_png
 from utils import (
     EXIT_FAILED,
     Config,
@@ -54,6 +53,7 @@ from utils import (
     versions,
     write_atomically,
     write_json,
+    write_png,
 )
 
 MOST_WORST = 200  # images in the contact sheet, which is then 17,000 px high

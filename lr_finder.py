@@ -28,7 +28,6 @@ import distributed
 import engine
 import image_files
 import preflight
-from plot_metrics import shortened, write_png
 from utils import (
     Config,
     ConfigOptions,
@@ -42,10 +41,12 @@ from utils import (
     parse_options,
     run_folder,
     run_stage,
+    shortened,
     start_log,
     steps_per_epoch,
     train_px,
     write_json,
+    write_png,
 )
 
 SMOOTHING = 0.9  # weight of the past in the moving average of the loss

@@ -8,7 +8,6 @@ Reads `runs/<name>/metrics.jsonl` (a JSON object an epoch, accuracies in percent
 It needs neither torch nor a display, and may run while the training does.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils import (
+    COLOURS,
+    STYLE,
     Config,
     UserError,
     latest_run,
@@ -30,7 +31,8 @@ from utils import (
     read_metrics,
     run_folder,
     run_stage,
-    write_atomically,
+    shortened,
+    write_png,
 )
 
 Curves = dict[str, Sequence[float]]  # a field of metrics.jsonl -> its values, one an epoch
@@ -57,8 +59,6 @@ PUBLISHED = (
 )
 REFERENCE: Curves = dict(zip(FIELDS, zip(*PUBLISHED, strict=True), strict=True))
 
-# Okabe and Ito's palette without its yellow and black: told apart by the colour-blind too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 # The dots keep a run of a single epoch visible.
 TRAIN = {"linestyle": (0, (4, 1.5)), "linewidth": 1.4, "marker": ".", "markersize": 6}
 VALIDATION = {"linestyle": "-", "linewidth": 2.2, "marker": ".", "markersize": 8}
@@ -70,14 +70,6 @@ PANELS = {
     "top1": "top-1 accuracy (%)",
     "top5": "top-5 accuracy (%)",
     "learning_rate": "learning rate",
-}
-STYLE = {
-    "font.size": 13,  # 27 px here, and 13 where a README shows the picture 900 px wide
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
 }
 
 
@@ -184,11 +176,6 @@ def draw(runs: dict[str, Curves], reference: bool) -> Figure:
     return figure
 
 
-def shortened(name: str) -> str:
-    """As much of a run's name as a picture's title has room for."""
-    return name if len(name) <= 60 else f"{name[:59]}…"
-
-
 def name_below(figure: Figure, handles: list[Artist]) -> None:
     """A legend below the panels, in as many columns as fit side by side: about 120 letters."""
     widest = max(len(str(handle.get_label())) for handle in handles)
@@ -245,18 +232,6 @@ def clip_loss(panel: Axes, shown: list[tuple[Curves, str, str]]) -> None:
             label = f"off the scale: {len(losses)} points, up to {losses[-1]:,.1f}"
         triangles = {"marker": "^", "s": 80, "clip_on": False, "zorder": 3}
         panel.scatter(epochs, [top] * len(epochs), c=colours, label=label, **triangles)
-
-
-def write_png(figure: Figure, path: Path) -> None:
-    """Write the picture whole or not at all; raises UserError if it cannot be written there."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    try:
-        write_atomically(path, png.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -28,9 +28,12 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import tyro
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Channel means and standard deviations of ImageNet's training images, on a scale of 0 to 1: what
 # every ResNet-50 of torchvision and timm expects.
@@ -47,6 +50,18 @@ EXIT_BUDGET = 76  # the budget is spent, everything is saved; only a higher one 
 EXIT_NOT_COPIED = 77  # finished, but the mirror lacks something; the same command completes it
 EXIT_NO_MIRROR = 78  # not begun, since the mirror does not answer; the same command asks again
 REMOVE_IT = "remove it, and run the command that wrote it again"  # what can be written again
+
+# How pictures look: Okabe and Ito's palette without its yellow and black, told apart by the
+# colour-blind too, and settings of matplotlib.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+STYLE = {
+    "font.size": 13,  # 27 px in a picture of curves, and 13 where a README shows it 900 px wide
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
 
 # In a run's folder: it is a copy of the run on a rented machine, and may be copied over again.
 FETCHED = ".fetched"
@@ -615,6 +630,11 @@ def run_folder(runs_folder: str, name: str) -> Path:
     return Path(runs_folder) / name
 
 
+def shortened(name: str) -> str:
+    """As much of a run's name as a picture's title has room for."""
+    return name if len(name) <= 60 else f"{name[:59]}…"
+
+
 def check_writable(folder: Path, option: str) -> Path:
     """Try to write where a folder is or will be made; raises UserError naming the option to change.
 
@@ -675,6 +695,18 @@ def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, atomically, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_png(figure: "Figure", path: Path) -> None:
+    """Write the picture whole or not at all; raises UserError if it cannot be written there."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    try:
+        write_atomically(path, png.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

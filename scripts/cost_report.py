@@ -44,25 +44,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sessions
 from plot_metrics import (
-    COLOURS,
     REFERENCE,
     REFERENCE_NAME,
     REFERENCE_VALIDATION,
-    STYLE,
     VALIDATION,
     name_below,
-    shortened,
-    write_png,
 )
 from utils import (
+    COLOURS,
+    STYLE,
     UserError,
     format_duration,
     parse_options,
     read_metrics,
     read_run,
     run_stage,
+    shortened,
     write_atomically,
     write_json,
+    write_png,
 )
 
 FIELDS = ("epoch", "val_top1", "train_images", "train_s", "val_s")  # of metrics.jsonl

@@ -17,7 +17,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plot_metrics import FIELDS, PUBLISHED, draw, read_curves, write_png  # noqa: E402
+from plot_metrics import FIELDS, PUBLISHED, draw, read_curves  # noqa: E402
+from utils import write_png  # noqa: E402
 
 
 def make_row(epoch: int, **changed: float) -> dict:

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from utils import (
@@ -51,8 +52,10 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     The state holds "step" and "history", the rows of the finished epochs, beside what else it may.
     Weights that are not numbers are no state to go on from: they raise UserError.
     """
+    # By NumPy, in this thread alone: once PyTorch has computed in parallel beside the thread that
+    # trains, OpenMP has all threads sleep between operations, and a CPU trains slower from then on.
     weights = state.get("model", {}).values()
-    if not all(weight.isfinite().all() for weight in weights):
+    if not all(np.isfinite(weight.cpu().numpy()).all() for weight in weights):
         raise UserError(
             f"after step {state['step']} there are weights that are not numbers: nothing is saved, "
             "the last checkpoint is kept; begin again with a lower --max-lr, under another --name",

@@ -1,14 +1,18 @@
 """Saving, loading, and what a damaged or crowded folder does to them."""
 
 import hashlib
+import os
 import random
 import shutil
+import subprocess
+import sys
 import types
 from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import checkpoint
 from utils import Config, UserError
@@ -261,3 +265,29 @@ def test_what_stays_beside_the_checkpoints_leaves_them_no_room(tmp_path: Path) -
     for name in ("export/model.pt", "mine.pt"):
         (tmp_path / name).write_bytes(bytes(10**6))
     assert checkpoint.check_room(tmp_path, 10**6, 10**6)[1] == 6 * 10**6 - size
+
+
+def test_saving_beside_training_starts_no_threads_of_its_own(tmp_path: Path) -> None:
+    """More threads of OpenMP than cores sleep between operations, which slows training down."""
+    code = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+import pathlib, checkpoint
+from torch.nn.functional import conv2d
+model = {"weight": torch.randn(2048, 2048, 3, 3).to(memory_format=torch.channels_last)}
+conv2d(torch.randn(8, 2048, 9, 9), model["weight"][:64])
+saver = checkpoint.BackgroundSaver(pathlib.Path(sys.argv[2]))
+state = {"step": 1, "history": [], "epoch_s": 1.0, "model": model, "average": None}
+saver.save(dict(state, model={}))
+saver.wait()
+before = os.listdir("/proc/self/task")
+assert len(before) > 1
+saver.save(state)
+saver.wait()
+assert os.listdir("/proc/self/task") == before
+"""
+    command = [sys.executable, "-c", code, REPOSITORY, tmp_path]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ def test_it_measures_pauses_and_what_a_checkpoint_costs(tmp_path: Path) -> None:
     assert len(record["pauses_s"]) == len(record["durable_s"]) == 2
     for pause_s, durable_s in zip(record["pauses_s"], record["durable_s"], strict=True):
         assert 0 < pause_s < durable_s
+    assert record["steps_per_s_before_the_first"] > 0
     lost = [1 - first / second for first, second in record["steps_per_s_with_and_without"]]
     assert record["lost"]["pairs"] == pytest.approx(lost, abs=1e-3)
     assert record["lost"]["median"] == statistics.median(record["lost"]["pairs"])

@@ -277,8 +277,9 @@ from torch.nn.functional import conv2d
 model = {"weight": torch.randn(2048, 2048, 3, 3).to(memory_format=torch.channels_last)}
 conv2d(torch.randn(8, 2048, 9, 9), model["weight"][:64])
 saver = checkpoint.BackgroundSaver(pathlib.Path(sys.argv[2]))
-state = {"step": 1, "history": [], "epoch_s": 1.0, "model": model, "average": None}
-saver.save(dict(state, model={}))
+best = model["weight"].flatten().view(torch.uint8)
+state = {"step": 1, "history": [{}], "epoch_s": 0.0, "model": model, "average": None, "best": best}
+saver.save({**state, "model": {}, "best": None})
 saver.wait()
 before = os.listdir("/proc/self/task")
 assert len(before) > 1

@@ -27,6 +27,8 @@ ANSWER_LIMIT_S = 30
 class Runtime:
     """The API, with the function that asks it for events."""
 
+    function: subprocess.Popen  # awslambdaric, once it is started
+
     def __init__(self, port: int) -> None:
         self.address = f"127.0.0.1:{port}"
         self.events: queue.Queue[Any] = queue.Queue()
@@ -82,7 +84,7 @@ def started(
     runtime = Runtime(server.server_port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     bare = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
-    process = subprocess.Popen(
+    runtime.function = subprocess.Popen(
         [*python, "-m", "awslambdaric", "handler.handler"],
         cwd=task,
         env={
@@ -99,8 +101,8 @@ def started(
     try:
         yield runtime
     finally:
-        process.kill()
-        process.wait()
+        runtime.function.kill()
+        runtime.function.wait()
         server.shutdown()
         server.server_close()
 

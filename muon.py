@@ -79,10 +79,6 @@ class Muon(torch.optim.SGD):
             same_shape[step.ndim, *matrix.shape].append((channels_last, matrix))
         for (dimensions, rows, columns), some in same_shape.items():
             matrices = orthogonalize(torch.stack([matrix for _, matrix in some]), self.dtype)
-            if dimensions == 4:  # in proportion to the weights it begins with, (2 × inputs)^0.5
-                inputs = some[0][0].shape[-1]
-                matrices *= (inputs / min(rows, columns)) ** 0.5
-            else:
-                matrices *= (rows / columns) ** 0.5
+            matrices *= max(1 if dimensions == 4 else 0, rows / columns) ** 0.5
             for (step, _), matrix in zip(some, matrices, strict=True):
                 step.copy_(matrix.view(step.shape))

@@ -162,6 +162,15 @@ def test_its_answers_are_the_exported_models(
         print(f"\nLambda: first answer after {start_s:.2f} s of CPU, then one in {warm_ms:.0f} ms")
 
 
+def test_it_has_a_thread_for_each_cpu_that_its_memory_brings(task: Path) -> None:
+    threads = []
+    for memory_mb in (512, 1769, 3538, 10_240):
+        with started(task, AWS_LAMBDA_FUNCTION_MEMORY_SIZE=str(memory_mb)) as runtime:
+            assert runtime.ask(post(pictures()["wide"]))[0] == 200
+            threads.append(psutil.Process(runtime.function.pid).num_threads())
+    assert [count - threads[0] for count in threads] == [0, 0, 1, 5]
+
+
 def test_bad_requests_get_a_sentence(task: Path) -> None:
     photo = jpeg(scene(120, 160))
     bomb = encode(Image.new("1", (10_000, 5_001)), "PNG")

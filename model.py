@@ -39,9 +39,6 @@ class ResNet50Wrapper(torch.nn.Module):
         self.model = torchvision.models.resnet50(
             num_classes=num_classes, zero_init_residual=zero_init_residual
         )
-        with torch.no_grad():
-            weight = self.model.conv1.weight
-            weight.copy_(_first_filters() * weight.norm() / len(weight) ** 0.5)
         if blurpool:
             self._blur_before_strides()
 
@@ -57,27 +54,6 @@ class ResNet50Wrapper(torch.nn.Module):
                 module.register_forward_pre_hook(_blur)
                 if module.kernel_size[0] == 1:  # what is blurred and not looked at need not be
                     module.stride = (1, 1)
-
-
-def _first_filters() -> torch.Tensor:
-    """(64, 3, 7, 7): 32 cosines over place and opponent colours, of length 1, and their negatives.
-
-    About the principal components of photos' patches: the lowest frequencies, most of them in grey.
-    """
-    places = (torch.arange(7) + 0.5) * torch.pi / 7
-    cosines = torch.stack([torch.cos(k * places) for k in range(7)])
-    cosines /= cosines.norm(dim=1, keepdim=True)
-    frequencies = sorted(
-        ((u, v) for u in range(7) for v in range(7)), key=lambda uv: (uv[0] ** 2 + uv[1] ** 2, uv)
-    )
-    colours = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
-    colours /= colours.norm(dim=1, keepdim=True)
-    filters = [
-        torch.einsum("c,h,w->chw", colour, cosines[u], cosines[v])
-        for colour, count in zip(colours, (24, 4, 4), strict=True)
-        for u, v in frequencies[:count]
-    ]
-    return torch.stack([sign * one for one in filters for sign in (1, -1)])
 
 
 def _blur(convolution: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:

@@ -81,7 +81,7 @@ class PushOptions:
     dry_run: bool = False
     """list the files with their sizes, and send nothing"""
     to: Path | None = None
-    """folder to write the files into as well"""
+    """folder to write the files into as well, a new one or that of an earlier push"""
     yes: bool = False
     """do not ask before a repo that has files already is changed"""
 
@@ -386,10 +386,24 @@ def limits_section(classes: list[str]) -> str:
 # ------------------------------------------------------------------------------ the command
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise UserError where files of another kind, such as a run's own, would be overwritten."""
+    if not folder.exists():
+        return
+    try:  # what an earlier push wrote there may be written anew
+        ours = not any(folder.iterdir()) or "architecture" in read_json(folder / "config.json")
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"--to {folder} holds other files: name a new folder")
+
+
 def main() -> None:
     """Make the files, list them, and send them."""
     options = parse_options(PushOptions, __doc__)
     pushing.check_repo(options.repo)
+    if options.to:
+        _check_folder(options.to)
     files = make_files(options.folder, options.repo, options.weights)
     pushing.list_files(files)
     if options.to:

@@ -253,6 +253,29 @@ def test_a_dry_run_writes_the_folder_and_asks_nobody(run: Path, hub: Hub, tmp_pa
     ]
 
 
+def test_a_folder_with_other_files_is_left_as_it_is(run: Path, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+
+    def push(folder: Path) -> tuple[int, str]:
+        options = (run, "user/tiny", "--dry-run", "--to", folder)
+        done = run_stage_command(
+            "scripts/push_model.py", *options, env=environment(hub.url, tmp_path, "")
+        )
+        return done.returncode, done.stderr
+
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for folder in (run, tmp_path / "notes", tmp_path / "file"):
+        error = f"error: --to {folder} holds other files: name a new folder\n"
+        assert push(folder) == (2, error)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert (tmp_path / "notes/README.md").read_text() == "mine"
+    for _ in range(2):  # its own files it writes again
+        assert push(tmp_path / "empty")[0] == 0
+
+
 # ------------------------------------------------------------------------------ what may go wrong
 
 

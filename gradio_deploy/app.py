@@ -371,8 +371,9 @@ def make_page(
             clicked = examples.load_input_event
             asked.append(clicked.then(classify, **ask, api_visibility="private"))
 
-        # No answer may stay beside a picture that it does not belong to.
+        # No answer may stay beside a picture that it does not belong to, though the queue be full.
         blank = {"fn": lambda: (None, None, "", None), "outputs": [picture, answer, took, heat]}
+        blank["queue"] = False
         for event in asked:
             event.failure(**blank, api_visibility="private")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)

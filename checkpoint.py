@@ -32,6 +32,7 @@ from utils import (
     check_writable,
     log,
     write_atomically,
+    write_metrics,
 )
 
 GENERATIONS_KEPT = 2
@@ -165,11 +166,11 @@ def parse_name(name: str) -> tuple[int, int, str] | None:
     return match and (int(match[1]), int(match[2]), match[3])
 
 
-def write_weights(folder: Path, state: dict[str, Any]) -> None:
-    """Bring a run's best.pt, and where an epoch has just ended last.pt, to what a checkpoint says.
+def write_results(folder: Path, state: dict[str, Any]) -> None:
+    """Bring a run's metrics.jsonl, best.pt, and where an epoch has just ended last.pt, to a state.
 
-    Only once that is on the disk: another attempt at an epoch may come out otherwise, and the
-    weights have to be those of the row that stays.
+    Only once that is on the disk as a checkpoint: another attempt at an epoch may come out
+    otherwise, and the weights have to be those of the row that stays. Raises OSError.
     """
     files = {}
     if state.get("best") is not None:
@@ -180,12 +181,13 @@ def write_weights(folder: Path, state: dict[str, Any]) -> None:
         path = folder / name
         if not (path.is_file() and path.read_bytes() == content):
             write_atomically(path, content)
+    write_metrics(folder / "metrics.jsonl", state["history"])
 
 
 class BackgroundSaver:
     """Copies the state at once and writes it while training goes on, one checkpoint at a time.
 
-    Keeps a run's weights too, by write_weights, and then calls `on_saved` in its thread.
+    Keeps a run's results too, by write_results, and then calls `on_saved` in its thread.
     """
 
     def __init__(self, folder: Path, on_saved: Callable[[], None] = lambda: None) -> None:
@@ -202,8 +204,8 @@ class BackgroundSaver:
 
     def _save(self, state: dict[str, Any]) -> None:
         save(self.folder / "checkpoints", state)
-        if not state["epoch_s"]:  # within an epoch they stay what they were
-            write_weights(self.folder, state)
+        if state["history"] and not state["epoch_s"]:  # within an epoch they stay what they were
+            write_results(self.folder, state)
         self._on_saved()
 
     def check(self) -> None:

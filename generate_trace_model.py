@@ -292,14 +292,7 @@ def main() -> None:
                 f"{target}/examples is there, but no model.json beside it: it may be yours, and an "
                 f"export would replace it: move it away, or choose another {option}"
             )
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    accuracy = measured_accuracy(folder, options.weights)
-    try:
-        model = load_weights(weights, len(classes)).eval()
-    except ValueError as error:
-        raise UserError(f"{error}: put a copy there, or export another with --weights") from None
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != digest:  # by a training that runs
-        raise UserError(f"{weights} was replaced while it was read: give the same command again")
+    model, digest, accuracy = measured_weights(folder, options.weights, len(classes))
     print(options)
 
     labels = human_names(classes)
@@ -362,6 +355,28 @@ def show_predictions(
         guess = int(row.argmax())
         verdict = "right" if guess == example.label else f"wrong: it is {labels[example.label]}"
         print(f"  {example.path}: {labels[guess]}, {100 * row[guess]:.1f} % ({verdict})")
+
+
+def measured_weights(
+    folder: Path, weights: str, num_classes: int
+) -> tuple[ResNet50Wrapper, str, dict[str, Any]]:
+    """A run's model for inference, its weights' SHA-256, and what measured_accuracy has of them.
+
+    Raises UserError, also where a training that runs replaces either meanwhile.
+    """
+    path = folder / f"{weights}.pt"
+
+    def stands() -> tuple[str, dict[str, Any]]:
+        return hashlib.sha256(path.read_bytes()).hexdigest(), measured_accuracy(folder, weights)
+
+    before = stands()
+    try:
+        model = load_weights(path, num_classes).eval()
+    except ValueError as error:
+        raise UserError(f"{error}: put a copy there, or take others with --weights") from None
+    if stands() != before:
+        raise UserError(f"{path} was replaced while it was read: give the same command again")
+    return model, *before
 
 
 def measured_accuracy(folder: Path, weights: str) -> dict[str, Any]:

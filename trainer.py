@@ -67,7 +67,6 @@ from utils import (
     total_epochs,
     train_px,
     write_json,
-    write_metrics,
 )
 
 
@@ -128,7 +127,6 @@ def train_epochs(
         train_epoch(run, config, train_set, heed)
         finish_epoch(run, config, val_set, heed)
         save()
-        distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
         if config.tensorboard:
             distributed.in_main(write_tensorboard, folder, run.history)
 
@@ -311,8 +309,7 @@ def take_max_lr(config: Config, folder: Path, state: dict[str, Any] | None) -> C
 def resume(run: engine.Run, state: dict[str, Any], folder: Path) -> None:
     """Take a run to where its checkpoint was saved."""
     run.load(state)
-    distributed.in_main(checkpoint.write_weights, folder, state)  # they may be of a lost attempt
-    distributed.in_main(write_metrics, folder / "metrics.jsonl", run.history)
+    distributed.in_main(checkpoint.write_results, folder, state)  # they may be of a lost attempt
     log.info("resumed after %d epochs and %d steps", len(run.history), run.step)
     if state["precision"] != run.precision:
         log.warning("it began in %s: its results will differ a little", state["precision"])

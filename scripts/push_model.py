@@ -41,8 +41,8 @@ import cost_report
 import pushing
 
 import sessions
-from generate_trace_model import measured_accuracy
-from model import human_names, is_imagenet_1k, is_wordnet_id, load_weights
+from generate_trace_model import measured_weights
+from model import human_names, is_imagenet_1k, is_wordnet_id
 from plot_metrics import draw, read_curves
 from utils import (
     MEAN,
@@ -99,11 +99,7 @@ def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
     for key in ("versions", "hardware"):
         if not isinstance(record.get(key), dict):
             raise UserError(f"{folder / 'config.json'} lacks its {key}: bring back a copy")
-    accuracy = measured_accuracy(folder, weights)
-    try:
-        state = load_weights(path, len(classes)).model.state_dict()
-    except ValueError as error:
-        raise UserError(f"{error}: put a copy there, or push another with --weights") from None
+    model, _, accuracy = measured_weights(folder, weights, len(classes))
     picture = io.BytesIO()
     draw({folder.resolve().name: read_curves(folder)}, reference=False).savefig(
         picture, format="png"
@@ -115,7 +111,7 @@ def make_files(folder: Path, repo: str, weights: str) -> dict[str, bytes]:
         "config.json": (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode(
             errors="backslashreplace"
         ),
-        "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
+        "model.safetensors": safetensors.torch.save(model.model.state_dict(), {"format": "pt"}),
         "training_metrics.png": picture.getvalue(),
     }
 

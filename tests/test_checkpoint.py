@@ -15,7 +15,7 @@ import torch
 from conftest import REPOSITORY
 
 import checkpoint
-from utils import Config, UserError
+from utils import Config, UserError, read_metrics
 
 
 def make_state(step: int, epochs: int = 0) -> dict:
@@ -127,12 +127,44 @@ def test_weights_are_those_that_a_checkpoint_stands_for(tmp_path: Path) -> None:
     # Going on within an epoch, best.pt is mended, of whatever attempt it was, or if it is lost.
     for damage in (b"x", None):
         (tmp_path / "best.pt").write_bytes(damage) if damage else (tmp_path / "best.pt").unlink()
-        checkpoint.write_weights(tmp_path, {**ended, "epoch_s": 0.1})
+        checkpoint.write_results(tmp_path, {**ended, "epoch_s": 0.1})
         assert weights() == [1, 3]
     # A version that kept none has written the file itself.
     del ended["best"]
-    checkpoint.write_weights(tmp_path, ended)
+    checkpoint.write_results(tmp_path, ended)
     assert torch.load(tmp_path / "best.pt")["weight"] == 1
+
+
+def test_an_epoch_s_row_is_written_once_its_weights_are(tmp_path: Path) -> None:
+    """Else an export in between would give the weights before it this accuracy."""
+    saver = checkpoint.BackgroundSaver(tmp_path)
+
+    def save(epochs: int, **changed: object) -> None:
+        saver.save({**make_state(3 * epochs, epochs), **changed})
+        saver.wait()
+
+    def rows() -> list[int]:
+        return [row["epoch"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+
+    save(1)
+    save(1, epoch_s=0.1)
+    assert rows() == [1]
+    shutil.move(tmp_path / "checkpoints", tmp_path / "aside")
+    (tmp_path / "checkpoints").touch()  # the checkpoint cannot be written
+    with pytest.raises(NotADirectoryError):
+        save(2)
+    assert rows() == [1]
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.pt").mkdir()  # the weights cannot
+    with pytest.raises(IsADirectoryError):
+        save(2)
+    assert rows() == [1]
+    (tmp_path / "last.pt").rmdir()
+    save(2)
+    assert rows() == [1, 2]
+    checkpoint.write_results(tmp_path, {**make_state(3, 1), "epoch_s": 0.1})
+    assert rows() == [1]  # where a run goes on from an earlier state
 
 
 def test_what_is_said_to_be_saved_is_on_the_disk(tmp_path: Path) -> None:

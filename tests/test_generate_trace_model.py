@@ -214,11 +214,22 @@ def test_weights_that_a_training_replaces_meanwhile_are_not_mixed_up(
             patched.setattr(generate_trace_model, name, replace)
             generate_trace_model.main()
 
-    for name in ("measured_accuracy", "load_weights"):
+    for name in ("measured_accuracy", "load_weights"):  # one is called before and after the other
         with pytest.raises(utils.UserError, match=r"best.pt was replaced .* same command again"):
             replaced_after(name)
         assert not (tmp_path / "tiny/export").exists()
     replaced_after("choose_examples")
+
+    # The weights were replaced already, and the epoch's row follows a moment later.
+    def load_and_add(*given: object) -> ResNet50Wrapper:
+        rows = utils.read_metrics(tmp_path / "tiny/metrics.jsonl")
+        added = {**rows[-1], "epoch": 3, "val_top1": 90.0}
+        utils.write_metrics(tmp_path / "tiny/metrics.jsonl", [*rows, added])
+        return load_weights(*given)
+
+    monkeypatch.setattr(generate_trace_model, "load_weights", load_and_add)
+    with pytest.raises(utils.UserError, match="was replaced while it was read"):
+        generate_trace_model.main()
     written = json.loads((tmp_path / "tiny/export/model.json").read_text())
     assert written["weights_sha256"] == hashlib.sha256(earlier).hexdigest()
 

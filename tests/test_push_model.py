@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ import pushing
 
 import checkpoint
 import engine
+import generate_trace_model
 import utils
 from utils import Config, UserError
 
@@ -496,6 +498,22 @@ def test_files_of_a_run_that_were_altered_are_told(tmp_path: Path) -> None:
         (folder / name).write_text(content)
         with pytest.raises(UserError, match=said):
             push_model.make_files(folder, "user/tiny", "best")
+
+
+def test_weights_of_a_run_that_goes_on_are_not_sent_with_another_epoch_s_accuracy(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "tiny"))
+    load = generate_trace_model.load_weights
+
+    def load_and_replace(*given: object) -> object:
+        model = load(*given)
+        utils.write_atomically(folder / "best.pt", (folder / "last.pt").read_bytes())
+        return model
+
+    monkeypatch.setattr(generate_trace_model, "load_weights", load_and_replace)
+    with pytest.raises(UserError, match=r"best.pt was replaced .* same command again"):
+        push_model.make_files(folder, "user/tiny", "best")
 
 
 def test_a_cost_from_before_the_last_session_is_not_told(tmp_path: Path) -> None:

@@ -221,6 +221,20 @@ def test_a_run_leaves_what_the_readme_says(settings: dict[str, object]) -> None:
     assert outcome(at_once) == outcome(settings)
 
 
+def test_an_epoch_that_cannot_be_saved_has_no_row(settings: dict[str, object]) -> None:
+    """No file may grow beyond what the metrics need, as on a disk that is full by then."""
+    limited = 'ulimit -f 1000 && exec "$0" "$@"'  # units of 1 kB
+    done = subprocess.run(
+        ["bash", "-c", limited, sys.executable, REPOSITORY / "trainer.py", *as_options(settings)],
+        env=COMMAND_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    folder = run_folder(settings)
+    assert done.returncode == 2 and "epoch 1/2  train loss" in done.stdout, done.stderr
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "config.json").exists()
+    assert not (folder / "metrics.jsonl").exists()
+
+
 def test_what_is_kept_is_the_average_of_the_best_epoch_the_first_of_equals(
     settings: dict[str, object],
 ) -> None:

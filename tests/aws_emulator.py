@@ -1,4 +1,4 @@
-"""An AWS on loopback for tests of what calls the real AWS CLI: EC2, S3, SSM, IAM, STS, quotas.
+"""An AWS on loopback for tests of the real AWS CLI: EC2, S3, SSM, IAM, STS, Lambda, quotas.
 
     python tests/aws_emulator.py PORT LOGFILE
 
@@ -17,7 +17,8 @@ prices that move, the volumes, snapshots, images and refusals that mended_moto.p
 
 What it does not show: time (an instance runs, stops and terminates at once, unless `set` says how
 many looks it stays pending), permissions (every key may do everything, unless `fail` refuses),
-quotas (asked for, not applied), the machines themselves, the two minutes of an interruption notice.
+EC2's quotas (asked for, not applied), the machines themselves, the two minutes of an interruption
+notice.
 """
 
 import contextlib
@@ -142,6 +143,8 @@ class Emulator:
 
     def set(self, **values: object) -> None:
         """snapshot_describes, instance_describes: how many looks these stay pending, or going.
+
+        concurrency: Lambda's quota of instances at once.
 
         has_capacity: 0 where a spot request has to wait once its instance was terminated.
 
@@ -358,7 +361,7 @@ class Front:
 
 def set_values(settings: Any, values: dict[str, str]) -> None:
     for key, value in values.items():
-        if key in ("snapshot_describes", "instance_describes", "has_capacity"):
+        if key in ("snapshot_describes", "instance_describes", "has_capacity", "concurrency"):
             setattr(settings, key, int(value))
         elif key == "price_usd":
             changes = settings.prices_usd.setdefault((values["instance_type"], values["zone"]), [])

@@ -1,4 +1,4 @@
-"""moto's EC2, S3, SSM and quotas, mended where a launch script would notice that they are not AWS.
+"""moto's EC2, S3, SSM, Lambda and quotas, mended where our scripts would notice that it is not AWS.
 
 Imported by aws_emulator.py's server alone, before moto answers its first request. Each function
 below takes the place of one of moto's (see `mend`); its docstring says what AWS does. The sources
@@ -8,6 +8,7 @@ Spot Instance interruptions", "Spot Instance pricing history") and the EC2 API r
 
 import datetime
 import itertools
+import json
 import os
 import random
 import time
@@ -16,6 +17,9 @@ from typing import Any
 # Read by moto when it is imported. It has hundreds of images; those of `IMAGES` do.
 os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
 
+from moto.awslambda import models as lambda_models
+from moto.awslambda import responses as lambda_responses
+from moto.awslambda import urls as lambda_urls
 from moto.core.responses import ActionResult
 from moto.ec2 import utils as ec2_utils
 from moto.ec2.exceptions import EC2ClientError
@@ -85,6 +89,7 @@ class Settings:
         self.has_capacity = 1  # for what a spot request launches once its instance is terminated
         self.scores: dict[str, int] = {}  # by zone
         self.quotas = dict.fromkeys(QUOTAS, 64.0)  # vCPUs
+        self.concurrency = 1000  # Lambda's quota: instances of all functions at once
         self.launches: dict[str, Any] = {}  # reservations by client token
 
 
@@ -969,6 +974,33 @@ def get_service_quota(self: Any, service_code: str, quota_code: str) -> dict[str
     return moto_get_service_quota(self, service_code, quota_code)
 
 
+def unreserved(lambda_backend: Any, but: str = "") -> int:
+    """What the functions, `but` one, leave of Lambda's quota."""
+    others = (one for one in lambda_backend.list_functions() if one.function_name != but)
+    return settings.concurrency - sum(int(one.reserved_concurrency or 0) for one in others)
+
+
+def put_function_concurrency(self: Any, function_name: str, reserved_concurrency: int) -> int:
+    """100 stay for functions without a reservation, or all of a quota that is smaller."""
+    least = min(100, settings.concurrency)
+    if unreserved(self, function_name) - int(reserved_concurrency) < least:
+        raise lambda_models.InvalidParameterValueException(
+            "Specified ReservedConcurrentExecutions for function decreases account's "
+            f"UnreservedConcurrentExecution below its minimum value of [{least}]."
+        )
+    return moto_put_function_concurrency(self, function_name, reserved_concurrency)
+
+
+def get_account_settings(self: Any) -> str:
+    """Lambda's quota and what of it is not reserved; moto has none of it."""
+    left = unreserved(self.backend)
+    limit = {
+        "ConcurrentExecutions": settings.concurrency,
+        "UnreservedConcurrentExecutions": left,
+    }
+    return json.dumps({"AccountLimit": limit})
+
+
 # What the functions above call on.
 moto_run_instances = ec2_instances.InstanceBackend.run_instances
 moto_terminate_instances = ec2_instances.InstanceBackend.terminate_instances
@@ -986,6 +1018,7 @@ moto_detach_volume = elastic_block_store.EBSBackend.detach_volume
 moto_create_snapshot = elastic_block_store.EBSBackend.create_snapshot
 moto_delete_security_group_in = ec2_security_groups.SecurityGroupBackend._delete_security_group
 moto_check_loading_status = ssm_models.ParameterDict._check_loading_status
+moto_put_function_concurrency = lambda_models.LambdaBackend.put_function_concurrency
 moto_get_service_quota = quota_models.ServiceQuotasBackend.get_service_quota
 
 
@@ -1040,3 +1073,9 @@ def mend() -> None:
     amis.Ami.block_device_mappings = property(image_block_devices)
     ssm_models.ParameterDict._check_loading_status = check_loading_status
     quota_models.ServiceQuotasBackend.get_service_quota = get_service_quota
+
+    lambda_models.LambdaBackend.put_function_concurrency = put_function_concurrency
+    lambda_response = lambda_responses.LambdaResponse
+    lambda_response.get_account_settings = get_account_settings
+    path = r"{0}/(?P<api_version>[^/]+)/account-settings/?$"
+    lambda_urls.url_paths[path] = lambda_response.dispatch

@@ -375,6 +375,15 @@ def changes(emulator: Emulator) -> list[str]:
     return [action for action in actions if not action.startswith(reading)]
 
 
+def assert_waited_for(emulator: Emulator, *actions: str) -> None:
+    """After these, AWS takes no other change for a while: the next question is how far it is."""
+    calls = [call for call in emulator.calls() if not call.get("code")]
+    names = [call["action"] for call in calls]
+    for action in actions:
+        (place,) = (place for place, name in enumerate(names) if name == action)
+        assert names[place + 1] == "GetFunction", names
+
+
 NAME = ("--function-name", "resnet50-imagenet")
 
 
@@ -410,6 +419,7 @@ def test_the_life_of_a_function(
     emulator.fail("CreateFunction", "InvalidParameterValueException", late)
     shown = command("deploy", "--yes", "--image-bucket", "photos")
     assert "Lambda does not know the role yet" in shown
+    assert_waited_for(emulator, "CreateFunction")
     assert changes(emulator) == [
         *("PutRolePolicy", "PutObject", "CreateFunction", "CreateFunction", "DeleteObject"),
         "CreateFunctionUrlConfig",
@@ -446,6 +456,7 @@ def test_the_life_of_a_function(
     write_model(tmp_path / "runs/first/export", b"a better one")
     command("deploy", "--yes", "--public", "--memory-mb", 3538, "--max-concurrency", 5)
     made = emulator.calls()
+    assert_waited_for(emulator, "UpdateFunctionCode", "UpdateFunctionConfiguration")
     assert changes(emulator) == [
         *("PutRolePolicy", "PutObject", "UpdateFunctionCode", "DeleteObject"),
         *("UpdateFunctionConfiguration", "CreateFunctionConcurrency"),
@@ -467,6 +478,10 @@ def test_the_life_of_a_function(
     ]
     command("deploy", "--yes", "--max-concurrency", 0)
     assert changes(emulator) == ["DeleteFunctionConcurrency"]
+    command("deploy", "--yes", "--image-bucket", "photos")
+    assert changes(emulator) == ["PutRolePolicy", "UpdateFunctionConfiguration"]
+    has = aws(emulator, "lambda", "get-function", *NAME)["Configuration"]
+    assert has["Environment"]["Variables"] == {"IMAGE_BUCKET": "photos"}
 
     assert "deletes:" in command("remove", "--dry-run")
     assert "nobody is there to ask" in command("remove", code=2)
@@ -479,6 +494,33 @@ def test_the_life_of_a_function(
     assert aws(emulator, "s3api", "list-buckets")["Buckets"] == []
     assert aws(emulator, "logs", "describe-log-groups")["logGroups"] == []
     assert "there is no function" in command("remove", "--yes")
+
+
+def test_a_limit_that_the_account_may_not_reserve_is_refused_before_anything_is_changed(
+    emulator: Emulator, command: Callable[..., str]
+) -> None:
+    """New accounts have a quota of 10 or 50, of which AWS lets nothing be reserved."""
+    emulator.set(concurrency=10)
+    said = command("deploy", "--yes", "--public", "--max-concurrency", 1, code=2)
+    assert "max_concurrency is 1: of this account's quota of 10 in us-east-1 AWS lets none" in said
+    assert "leave the option out (the quota limits the price too)" in said
+    assert "--quota-code L-B99A9384 --desired-value 1000 --region us-east-1" in said
+    assert changes(emulator) == []
+    command("deploy", "--yes", "--public")
+    changes(emulator)
+    assert "lets none be" in command("deploy", "--yes", "--max-concurrency", 1, code=2)
+    assert changes(emulator) == []
+    command("deploy", "--yes", "--public", "--max-concurrency", 0)
+    assert changes(emulator) == []
+
+    emulator.set(concurrency=110)
+    said = command("deploy", "--yes", "--public", "--max-concurrency", 11, code=2)
+    assert "of 110 in us-east-1 AWS lets at most 10 be reserved" in said
+    for limit in (4, 10):  # what the function has reserved already does not count against it
+        command("deploy", "--yes", "--public", "--max-concurrency", limit)
+        assert changes(emulator) == ["CreateFunctionConcurrency"]
+    assert "at most 10 be" in command("deploy", "--yes", "--max-concurrency", 11, code=2)
+    assert changes(emulator) == []
 
 
 @pytest.mark.parametrize("project", ["resnet50-imagenet", f"{20 * 'A'}-{19 * 'b'}"])
@@ -536,6 +578,21 @@ def test_what_cannot_be_deployed(
     )  # fmt: skip
     assert "without the tag resnet50-project" in command("remove", code=2)
     assert changes(emulator) == ["CreateRole"]
+
+
+def test_what_a_broken_off_deployment_left_is_removed_too(
+    emulator: Emulator, command: Callable[..., str]
+) -> None:
+    emulator.fail("CreateFunction", "AccessDeniedException")
+    command("deploy", "--yes", code=2)
+    (bucket,) = aws(emulator, "s3api", "list-buckets")["Buckets"]
+    stored = aws(emulator, "s3api", "list-objects-v2", "--bucket", bucket["Name"])["Contents"]
+    assert [one["Key"] for one in stored] == ["function.zip"]
+    shown = command("remove", "--yes")
+    assert "function resnet50-imagenet\n" not in shown and shown.endswith("all gone\n")
+    assert aws(emulator, "iam", "list-roles")["Roles"] == []
+    assert aws(emulator, "s3api", "list-buckets")["Buckets"] == []
+    assert aws(emulator, "logs", "describe-log-groups")["logGroups"] == []
 
 
 def test_in_another_region_its_bucket_lies_there_and_goes_too(

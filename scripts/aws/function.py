@@ -65,6 +65,7 @@ BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # what S3 takes for a name
 UNPACKED_BYTES = 250 * 2**20  # Lambda's limit for a zip package, unpacked
 TIMEOUT_S = 30
 LOG_DAYS = 30
+UNRESERVED = 100  # instances at once that no function may reserve
 ROLE_S, ROLE_POLL_S = 90.0, 3.0  # Lambda hears of a new role some seconds late
 # US dollars in us-east-1 in November 2026.
 GB_SECOND_USD, REQUEST_USD = 0.0000166667, 0.0000002
@@ -255,6 +256,7 @@ def deploy(options: Deploy, aws: Aws) -> None:
         )
     model = find_export(options)
     function = find_function(aws, settings)
+    concurrency = concurrency_to_set(aws, options)
     region, account, bucket = where(aws, settings)
     with tempfile.TemporaryDirectory(prefix="resnet50-lambda-") as folder:
         print(f"fetching the packages for {RUNTIME} ...", flush=True)
@@ -275,7 +277,8 @@ def deploy(options: Deploy, aws: Aws) -> None:
             put_code(aws, options, function, role_arn, package, (account, bucket, region))
     if function is not None:
         configure(aws, options, function["Configuration"])
-    limit_concurrency(aws, options)
+    if concurrency is not None:
+        set_concurrency(aws, settings, concurrency)
     url = ensure_url(aws, options)
     if not aws.dry_run:
         print(f"the function answers at {url}")
@@ -425,18 +428,42 @@ def configure(aws: Aws, options: Deploy, has: dict[str, Any]) -> None:
         wait_until(aws, options.settings, "function-updated-v2")
 
 
-def limit_concurrency(aws: Aws, options: Deploy) -> None:
-    """Reserve as many instances as asked for; fewer than the account's rest must not be left."""
-    if options.max_concurrency is None:
-        return
+def concurrency_to_set(aws: Aws, options: Deploy) -> int | None:
+    """What to reserve for the function, 0 to take a reservation away, None if nothing changes.
+
+    Raises UserError for more than the account may reserve: AWS keeps 100, or the whole of a smaller
+    quota, for functions without a reservation.
+    """
+    asked = options.max_concurrency
+    if asked is None:
+        return None
     name = ("--function-name", options.settings.project)
     has = found(aws, "lambda", "get-function-concurrency", *name) or {}
-    if has.get("ReservedConcurrentExecutions", 0) == options.max_concurrency:
-        return
-    if options.max_concurrency:
+    reserved = has.get("ReservedConcurrentExecutions", 0)
+    if asked == reserved:
+        return None
+    if asked:
+        limit = aws.read("lambda", "get-account-settings")["AccountLimit"]
+        quota = limit["ConcurrentExecutions"]
+        most = limit["UnreservedConcurrentExecutions"] + reserved - min(UNRESERVED, quota)
+        if asked > most:
+            raise UserError(
+                f"max_concurrency is {asked}: of this account's quota of {quota:,} in "
+                f"{aws.region_name} AWS lets {f'at most {max(most, 0):,}' if most > 0 else 'none'} "
+                "be reserved: leave the option out (the quota limits the price too), or ask for "
+                "more with: aws service-quotas request-service-quota-increase --service-code "
+                f"lambda --quota-code L-B99A9384 --desired-value 1000 --region {aws.region_name}"
+            )
+    return asked
+
+
+def set_concurrency(aws: Aws, settings: Settings, concurrency: int) -> None:
+    """Reserve as many instances for the function; with 0 it shares the account's rest."""
+    name = ("--function-name", settings.project)
+    if concurrency:
         aws.change(
             "lambda", "put-function-concurrency", *name,
-            "--reserved-concurrent-executions", options.max_concurrency,
+            "--reserved-concurrent-executions", concurrency,
         )  # fmt: skip
     else:
         aws.change("lambda", "delete-function-concurrency", *name)

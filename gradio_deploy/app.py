@@ -13,6 +13,7 @@ code 2.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -259,12 +260,24 @@ def make_page(
         """
         return look(upload, None)
 
-    def classify_if_any(upload: Any) -> tuple[dict[str, float] | None, str, Image.Image | None]:
-        """The answer to a picture, or nothing where the visitor has removed it.
+    def classify_put_in(upload: Any) -> tuple[dict[str, float] | None, str, Any, Any]:
+        """The answer to a picture that was put in, or nothing where the visitor has removed it.
 
-        Choosing the webcam removes it too: a picture set from here would end the webcam.
+        At last what is refused, and when. A refusal is told without an error, after which Gradio
+        would not ask about a picture that was put in meanwhile.
         """
-        return classify(upload) if upload else (None, "", None)
+        try:
+            return *(classify(upload) if upload else (None, "", None)), gr.skip()
+        except gr.Error as error:
+            gr.Warning(error.message)
+            return None, "", None, f"{json.dumps(upload)} {time.monotonic()}"
+
+    def take_out(shown: Any, refused: str) -> Any:
+        """Empty the place of the picture, where the refused one is still in it.
+
+        Only then: choosing the webcam empties it too, and what is set from here ends the webcam.
+        """
+        return None if str(refused).startswith(json.dumps(shown)) else gr.skip()
 
     def look(upload: Any, chosen: int | None) -> tuple[dict[str, float], str, Image.Image | None]:
         """The answer, with a heat map of the class at index `chosen`; None: of the likeliest."""
@@ -343,22 +356,23 @@ def make_page(
                     elem_id="heat",
                     buttons=["download", "fullscreen"],
                 )
-        ask = {"inputs": picture, "outputs": [answer, took, heat]}
+        refused = gr.Textbox(visible="hidden")  # a gr.State would hold up the app's end
+        answers = [answer, took, heat]
+        ask: dict[str, Any] = {"inputs": picture}
         ask["preprocess"] = False  # else Gradio opens the file, and shows "Error" if it cannot
         ask["trigger_mode"] = "always_last"  # a second picture gets its answer after the first
         ask["scroll_to_output"] = True  # on a phone the answer lies below the picture
         ask["concurrency_id"] = "model"
-        asked = [
-            button.click(classify, **ask, api_name="classify"),
-            picture.input(classify_if_any, **ask, api_visibility="private"),
-        ]
+        asked = button.click(classify, **ask, outputs=answers, api_name="classify")
+        ask |= {"fn": classify_put_in, "outputs": [*answers, refused], "api_visibility": "private"}
+        put_in = [picture.input(**ask)]
         if explained:
             answer.select(
                 explain,
                 picture,
                 [took, heat],
                 preprocess=False,
-                concurrency_id=ask["concurrency_id"],
+                concurrency_id="model",
                 api_visibility="private",
             )
 
@@ -368,14 +382,13 @@ def make_page(
         if shown := [[str(f)] for f in files if endings.get(f.suffix.lower()) in formats]:
             with below:
                 examples = gr.Examples(shown, inputs=picture, cache_examples=False)
-            clicked = examples.load_input_event
-            asked.append(clicked.then(classify, **ask, api_visibility="private"))
+            put_in.append(examples.load_input_event.then(**ask))
 
-        # No answer may stay beside a picture that it does not belong to, though the queue be full.
-        blank = {"fn": lambda: (None, None, "", None), "outputs": [picture, answer, took, heat]}
-        blank["queue"] = False
-        for event in asked:
-            event.failure(**blank, api_visibility="private")
+        quick = {"queue": False, "api_visibility": "private"}  # for these, though it be full
+        refused.change(take_out, [picture, refused], picture, preprocess=False, **quick)
+        # No answer may stay beside a picture that it does not belong to.
+        for event in (asked, *put_in):
+            event.failure(lambda: (None, "", None), None, answers, **quick)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 

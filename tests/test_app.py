@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -349,6 +350,27 @@ def test_a_late_answer_does_not_end_the_webcam(page: Page, tmp_path: Path) -> No
     expect_text(page, re.compile(r"^Answered in "))
 
 
+def test_a_picture_put_in_while_another_one_is_refused_is_answered(
+    page: Page, tmp_path: Path
+) -> None:
+    held: list[Route] = []
+    opened = False
+    page.route("**/queue/join*", lambda route: route.continue_() if opened else held.append(route))
+    (tmp_path / "notes.jpg").write_text("milk, eggs, flour")
+    with page.expect_request("**/queue/join*"):
+        upload(page, tmp_path / "notes.jpg")
+    page.get_by_role("button", name="Remove Image").click()
+    upload(page, save(tmp_path / "leaf.png", GREEN))
+    picture = page.get_by_test_id("image").locator("img")
+    expect(picture).to_have_attribute("src", re.compile(r"leaf\.png"))
+    opened = True
+    for route in held:
+        route.continue_()
+    expect_text(page, "This is not a picture that can be read: send a JPEG, PNG or WebP file.")
+    expect_answer(page, "green")
+    expect(picture).to_have_attribute("src", re.compile(r"leaf\.png"))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_on_a_phone(browser: Browser, app: App, scheme: str, tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -548,11 +570,13 @@ def test_one_picture_is_read_at_a_time_and_no_refused_one_keeps_an_answer(
         number: fn for number, fn in page.fns.items() if fn.name.startswith(("classify", "explain"))
     }
     assert sorted(fn.name for fn in asking.values()) == [
-        *("classify", "classify", "classify_if_any", "explain")
+        *("classify", "classify_put_in", "classify_put_in", "explain")
     ]
     assert {fn.concurrency_id for fn in asking.values()} == {"model"}
     blanking = [fn for fn in page.fns.values() if fn.trigger_only_on_failure]
-    assert not any(fn.queue for fn in blanking)  # a full queue may be what failed
+    taking_out = [fn for fn in page.fns.values() if fn.name == "take_out"]
+    assert len(taking_out) == 1
+    assert not any(fn.queue for fn in (*blanking, *taking_out))  # a full queue may be what failed
     blanked = {fn.trigger_after for fn in blanking}
     answering = {number for number, fn in asking.items() if fn.name != "explain"}
     assert blanked == answering
@@ -622,6 +646,25 @@ def test_old_files_are_deleted_and_those_that_are_kept_stay(
         left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
         assert left == ["b/example.png", "c/new.png"]
         assert not (tmp_path / "tmp1234").exists() and not (tmp_path / "a/dangling").is_symlink()
+
+
+def test_uploads_are_kept_for_an_hour_and_2_gb_and_looked_through_every_three_minutes(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    swept = []
+    monkeypatch.setattr(module, "delete_old_files", lambda *limits: swept.append(limits))
+
+    def sleep(seconds: float) -> None:
+        swept.append(seconds)
+        if len(swept) == 4:
+            raise InterruptedError
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    kept = types.SimpleNamespace(keep_in_cache={"/examples/leaf.png"})
+    with pytest.raises(InterruptedError):
+        module.keep_deleting_old_files(types.SimpleNamespace(blocks={1: kept}))
+    assert swept == [(tmp_path, ["/examples/leaf.png"], 3600, 2 * 10**9), 180] * 2
 
 
 def test_an_empty_folder_goes_once_it_is_old(module: ModuleType, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ where that is newer, sessions.jsonl. The repo, which is made if it is not there,
 The token is the one of `hf auth login`, or HF_TOKEN; it has to be allowed to write. A repo that
 has files already is asked about first (--yes does not ask), and the visibility of a repo that is
 there is never changed. Files that the repo has as they are here are not sent again. What fails
-leaves the repo's files as they were.
+leaves the repo's files as they were, or says that it has not.
 """
 
 import dataclasses

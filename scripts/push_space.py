@@ -18,8 +18,8 @@ is removed, after it was listed. The hub begins to build the Space at once.
 The token is the one of `hf auth login`, or HF_TOKEN; it has to be allowed to write. A Space that
 has an app already is asked about first (--yes does not ask), and the visibility of a Space that is
 there is never changed. Files that it has as they are here are not sent again. What fails leaves the
-Space's files as they were. `hardware` in README.md's head, which `gradio deploy` reads too, is what
-a new Space is asked to run on; without it, the hub's free CPU.
+Space's files as they were, or says that it has not. `hardware` in README.md's head, which
+`gradio deploy` reads too, is what a new Space is asked to run on; without it, the hub's free CPU.
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
 """How files get onto a Hugging Face hub: the token, the repo, the question, one commit.
 
-What push_model.py and push_space.py share. What fails leaves the repo's files as they were.
+What push_model.py and push_space.py share. What fails leaves the repo's files as they were, unless
+the hub has made the commit and only its answer was lost: then that is told.
 """
 
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,22 @@ def list_files(files: Mapping[str, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[None]:
+def hub_errors(
+    repo: str, done_so_far: Callable[[], str] = lambda: "nothing was sent"
+) -> Iterator[None]:
     """Turn what a hub or the way to it does into a UserError, without its own text.
 
-    Addresses that are signed may stand in that.
+    Addresses that are signed may stand in that. `done_so_far` is asked once something has failed.
     """
     try:
         yield
     except UserError:
         raise
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; {done_so_far}", EXIT_INTERRUPTED) from None
+        raise UserError(f"interrupted; {done_so_far()}", EXIT_INTERRUPTED) from None
     except Exception as raised:  # httpx's, huggingface_hub's, hf_xet's and the system's
         if str(raised).startswith("Invalid metadata in README.md"):  # what a hub says of its YAML
-            raise UserError(f"{raised}; {done_so_far}", EXIT_FAILED) from None
+            raise UserError(f"{raised}; {done_so_far()}", EXIT_FAILED) from None
         # Of a large file's upload the hub's answer is only the cause.
         error = raised.__cause__ if isinstance(raised.__cause__, Exception) else raised
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -76,7 +79,7 @@ def hub_errors(repo: str, done_so_far: str = "nothing was sent") -> Iterator[Non
             status,
             f"the hub is out of reach or out of order ({told}): try the same command again later",
         )
-        raise UserError(f"{advice}; {done_so_far}", EXIT_FAILED) from None
+        raise UserError(f"{advice}; {done_so_far()}", EXIT_FAILED) from None
 
 
 def push(
@@ -93,7 +96,7 @@ def push(
 
     A model repo keeps what else it has, a Space loses it in the same commit. A new repo is private
     unless it shall be public. `hardware` is that of a new Space, None the hub's default. Raises
-    UserError, with the repo's files as they were.
+    UserError, which tells what has become of the repo's files.
     """
     hub = mirror.quiet_hub()
     api, kind = hub.HfApi(), "space" if is_space else "model"
@@ -124,17 +127,25 @@ def push(
                 "left": [] if is_space else others,
             }
             ask(repo, changes, yes)
-    done = f"{repo} is as it was"
     if found is None:
         place = {"space_sdk": "gradio", "space_hardware": hardware} if is_space else {}
         with hub_errors(repo):
             api.create_repo(repo, repo_type=kind, private=not public, **place)
-        done = f"the new repo {repo} is empty"
     operations = [hub.CommitOperationAdd(name, files[name]) for name in changed]
     operations += [hub.CommitOperationDelete(name, is_folder=False) for name in removed]
+
+    def done() -> str:  # for the answer may be lost of what was done
+        try:
+            now = files_of(api.repo_info(repo, repo_type=kind, files_metadata=True))
+        except Exception:
+            return f"whether {repo} was changed is not known: the same command tells"
+        if differing(files, now) != changed or not now.keys() >= set(removed):
+            return f"{repo} was changed all the same: the same command checks it"
+        return f"{repo} is as it was" if found else f"the new repo {repo} is empty"
+
     with hub_errors(repo, done):
         commit = api.create_commit(repo, operations, commit_message=message, repo_type=kind)
-    with hub_errors(repo, f"the commit was made, but not checked: {commit.commit_url}"):
+    with hub_errors(repo, lambda: f"the commit was made, but not checked: {commit.commit_url}"):
         sent = api.repo_info(repo, repo_type=kind, revision=commit.oid, files_metadata=True)
     if missing := differing(files, files_of(sent)):  # what .gitignore in the repo forbids
         raise UserError(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.user, self.organizations, self.role = "user", ["lab"], "write"
         self.fault: Any = None  # a status to answer with, "hang"
         self.fault_at = ""  # the part of a path that alone is answered so; all, if empty
+        self.lost: Callable[[], None] | None = None  # called in place of the answer to a commit
         self.stop_next = False  # halfway in the next large file, and never go on
         self.hurry = threading.Event()  # ends what hangs
         self.requests: list[tuple[str, str]] = []  # method and path
@@ -216,6 +218,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         there.clear()  # all of it or nothing
         there.update(files)
         self.server.commits.append(changed)
+        if self.server.lost:
+            self.server.lost()
+            self.close_connection = True
+            return
         url = f"{self.server.url}/{repo.removeprefix('models/')}/commit/{COMMIT}"
         self.answer(200, {"commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
 

@@ -352,10 +352,25 @@ def test_a_hub_that_fails_midway_gets_no_half_of_it(at_hub: Hub) -> None:
     assert "(it cannot be reached)" in refused(yes=True)
 
 
+def test_a_push_whose_answer_is_lost_tells_whether_it_was_made(at_hub: Hub) -> None:
+    at_hub.lost = lambda: None
+    told = refused()
+    assert "try the same command again later; user/tiny was changed all the same: the same" in told
+    assert at_hub.repos == {"models/user/tiny": CONTENT}
+    at_hub.lost = lambda: setattr(at_hub, "fault", 503)  # and all that comes after it
+    at_hub.repos["models/user/tiny"] = {}
+    assert refused().endswith(
+        "; whether user/tiny was changed is not known: the same command tells"
+    )
+    at_hub.fault = at_hub.lost = None
+    assert push() == f"nothing was sent: {at_hub.url}/user/tiny is up to date"
+    assert len(at_hub.commits) == 2
+
+
 def test_an_interruption_says_what_was_done() -> None:
     with (
         pytest.raises(UserError, match=r"^interrupted; the new repo a/b is empty$") as error,
-        pushing.hub_errors("a/b", "the new repo a/b is empty"),
+        pushing.hub_errors("a/b", lambda: "the new repo a/b is empty"),
     ):
         raise KeyboardInterrupt
     assert error.value.exit_code == 75

@@ -214,6 +214,10 @@ def test_only_what_differs_is_sent_and_what_is_stale_goes(
     push(*to, "--yes")
     assert at_hub.commits[2:] == [["model.pt"]] and "model.pt" not in at_hub.repos[SPACE]
 
+    at_hub.repos[SPACE]["model.pt"] = b"old"
+    at_hub.lost = lambda: None  # the answer to a commit that only removes
+    assert "; user/digits was changed all the same" in refused(*to, "--yes")
+
 
 def test_a_new_space_that_got_nothing_gets_all_from_the_same_command(
     app: Path, at_hub: Hub, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_stage_command
@@ -24,19 +25,25 @@ def test_all_give_the_models_answers(runs: Path, tmp_path: Path) -> None:
     servers = ["TorchScript", ".pt2", "ONNX Runtime", "predict.py", "app", "Lambda"]
     assert figures["same_top5"] == dict.fromkeys(servers, 9)
 
-    path = runs / "tiny/export/model.json"
-    content = path.read_text()
-    described = json.loads(content)
-    described["mean"] = described["mean"][::-1]
-    path.write_text(json.dumps(described))
-    try:
-        done = check(runs, tmp_path)
-    finally:
-        path.write_text(content)
-    assert done.returncode == 1
-    assert done.stderr == "error: what is served differs from what was measured\n"
-    figures = json.loads((tmp_path / "serving.json").read_text())
-    assert figures["grey_levels_apart"] > 1
+    def with_reversed(*fields: str) -> dict[str, Any]:
+        path = runs / "tiny/export/model.json"
+        content = path.read_text()
+        described = json.loads(content)
+        path.write_text(json.dumps({**described, **{key: described[key][::-1] for key in fields}}))
+        try:
+            done = check(runs, tmp_path)
+        finally:
+            path.write_text(content)
+        assert done.returncode == 1
+        assert done.stderr == "error: what is served differs from what was measured\n"
+        return json.loads((tmp_path / "serving.json").read_text())
+
+    assert with_reversed("mean")["grey_levels_apart"] > 1
+    figures = with_reversed("classes", "labels")
+    assert figures["grey_levels_apart"] <= 1
+    files = dict.fromkeys(("TorchScript", ".pt2", "ONNX Runtime"), 9)
+    others = dict.fromkeys(("predict.py", "app", "Lambda"), 0)
+    assert figures["same_top5"] == files | others
 
 
 @pytest.mark.parametrize(

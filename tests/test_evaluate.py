@@ -209,7 +209,9 @@ def test_the_command_counts_as_a_count_by_hand(runs: Path, tmp_path: Path) -> No
 
 def test_the_trainer_counts_the_same(runs: Path, tmp_path: Path, monkeypatch) -> None:
     """As its last evaluation does, whose row result.json is."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's own setting
     run_main(monkeypatch, "--runs-folder", runs, "--output", tmp_path, "--worst", 0)
+    assert not torch.backends.cudnn.allow_tf32  # a GPU's fp32 is one, too
     config, classes, _ = utils.read_run(runs / "tiny")
     val_set = evaluate.image_files.open_image_set(config.val_folder_name, "val")
     model = load_weights(runs / "tiny/best.pt", len(classes))
@@ -344,7 +346,11 @@ def test_all_formats_agree(runs: Path, exported: Path, tmp_path: Path, monkeypat
     """The run is found by the file's place; each answers as the weights do."""
     logits = logits_by_hand(runs, files_of(runs / "val"))
     by_hand = count_by_hand(logits, labels_of(files_of(runs / "val")))
-    losses = {}
+    losses, asked = {}, []
+    choose = engine.choose_device
+    monkeypatch.setattr(
+        engine, "choose_device", lambda config: asked.append(kind) or choose(config)
+    )
     for path, kind in (
         (runs / "tiny/best.pt", "weights"),
         (exported / "model.pt", "torchscript"),
@@ -356,6 +362,7 @@ def test_all_formats_agree(runs: Path, exported: Path, tmp_path: Path, monkeypat
         found = result_of(out)
         assert found["kind"] == kind and counts_of(found) == by_hand
         losses[kind] = found["val_loss"]
+    assert asked == ["weights", "torchscript", "pt2"]  # ONNX Runtime is the CPU's here
     assert list(losses.values()) == pytest.approx([losses["weights"]] * 4, abs=1e-3)
     assert len(set(losses.values())) > 1  # ONNX Runtime's arithmetic is another
 
